@@ -1,0 +1,118 @@
+"""The decoder's layers, once, for serving, scoring and training.
+
+What differs between the three comes in as functions: how a layer attends
+(over a cache or over the sequence) and how tokens reach the experts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from resilient_moe.model.attention import split_heads
+from resilient_moe.model.config import ModelConfig
+from resilient_moe.model.dispatch import Exchange
+from resilient_moe.model.experts import swiglu
+from resilient_moe.model.router import route
+from resilient_moe.model.rows import rms_norm, rowwise
+
+# (layer [], q [N, H, d], k [N, K, d], v [N, K, d]) -> out [N, H, d]
+Attend = Callable[..., jax.Array]
+# experts [N, k] int32 -> physical slots [N, k] int32
+ToSlots = Callable[[jax.Array], jax.Array]
+
+
+def run_layers(
+  config: ModelConfig,
+  params: dict[str, Any],
+  x: jax.Array,  # [N, D]
+  positions: jax.Array,  # [N] int32
+  masked: jax.Array,  # [E] bool experts hidden from the gate
+  attend: Attend,
+  exchange: Exchange,
+  to_slots: ToSlots,
+  row_block: int,
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+  """Returns x [N, D], new KV {k, v: [L, N, K, d]}, router statistics."""
+  new_kv, stats, first = [], [], 0
+  for group in params["groups"]:
+    experts = group.get("moe", {}).get("experts")
+    layer_params = _without_experts(group)
+    n = group["mlp_norm"].shape[0]
+
+    def body(x: jax.Array, scanned: tuple, experts=experts, first=first):
+      index, layer = scanned
+      before = lambda w, r: _before_attention(config, w, *r)
+      q, k, v = rowwise(before, layer["attention"], (x, positions), row_block)
+      out = attend(first + index, q, k, v)
+      after = lambda w, r: _after_attention(config, w, *r)
+      weights = (layer, masked)
+      x, h, choice = rowwise(after, weights, (x, out), row_block)
+      if experts is None:
+        return x, ({"k": k, "v": v}, {})
+      chosen, gates, probabilities = choice
+      y = exchange(experts, index, h, to_slots(chosen))
+      return _combine(x, y, gates), (
+        {"k": k, "v": v},
+        _statistics(config, chosen, probabilities),
+      )
+
+    scanned = (jnp.arange(n, dtype=jnp.int32), layer_params)
+    x, (kv, stat) = jax.lax.scan(body, x, scanned)
+    new_kv.append(kv)
+    stats.append(stat)
+    first += n
+  kv = jax.tree.map(lambda *a: jnp.concatenate(a), *new_kv)
+  return x, kv, stats[-1]
+
+
+def _without_experts(group: dict[str, Any]) -> dict[str, Any]:
+  """The expert stacks stay out of the scan: their blocks index them."""
+  if "moe" not in group:
+    return group
+  moe = {k: v for k, v in group["moe"].items() if k != "experts"}
+  return {**group, "moe": moe}
+
+
+def _before_attention(
+  config: ModelConfig, w: dict, x: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  h = rms_norm(x, w["norm"], config.norm_eps)
+  return split_heads(config, h @ w["qkv"], positions)
+
+
+def _after_attention(
+  config: ModelConfig, w: tuple[dict, jax.Array], x: jax.Array, out: jax.Array
+) -> tuple[jax.Array, jax.Array, Any]:
+  """Projection, residual, norm; then the MLP, or the router's choice."""
+  layer, masked = w
+  x = x + out.reshape(x.shape[0], -1) @ layer["attention"]["out"]
+  h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
+  if "mlp" in layer:
+    return x + swiglu(h, **layer["mlp"]), h, ()
+  moe = layer["moe"]
+  choice = route(config, h @ moe["router"], masked)
+  if "shared" in moe:
+    x = x + swiglu(h, **moe["shared"])
+  return x, h, choice
+
+
+def _combine(x: jax.Array, y: jax.Array, gates: jax.Array) -> jax.Array:
+  """Adds the k contributions in the router's order, [N, k, D] -> [N, D]."""
+  total = y[:, 0] * gates[:, :1].astype(x.dtype)
+  for j in range(1, y.shape[1]):
+    total = total + y[:, j] * gates[:, j : j + 1].astype(x.dtype)
+  return x + total
+
+
+def _statistics(
+  config: ModelConfig, chosen: jax.Array, probabilities: jax.Array
+) -> dict[str, jax.Array]:
+  """What the balance loss needs; dead code where nobody asks for it."""
+  one_hot = chosen[:, :, None] == jnp.arange(config.n_experts)[None, None]
+  load = one_hot.astype(jnp.float32).mean(axis=(0, 1))
+  return {
+    "expert_load": load,  # [E] fraction of assignments
+    "router_probs_mean": probabilities.mean(axis=0),  # [E]
+  }

@@ -1,0 +1,32 @@
+"""What a detector reports. A policy sees failures, never faults."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class RanksLost:
+  """These ranks and everything in their memory are gone."""
+
+  ranks: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RanksLeaving:
+  """A warning: these ranks will be gone in `deadline_s` seconds.
+
+  Until then they can be read from and serve on (preemption, maintenance).
+  """
+
+  ranks: tuple[int, ...]
+  deadline_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Straggler:
+  """A rank that works, but `slowdown` times slower than its peers."""
+
+  rank: int
+  slowdown: float
+
+
+Failure = RanksLost | RanksLeaving | Straggler

@@ -1,0 +1,134 @@
+"""What a policy sees: the cluster as it is left, as plain read-only arrays.
+
+Letters (DESIGN section 3): `N` ranks that the run has ever known (alive, spare
+or lost; a rank's id is its index), `R` ranks in the mesh, `S` physical slots a
+rank, `E` logical experts, `C` copies of an expert at most, `Q` requests.
+No JAX here: the same view serves 8 virtual devices and 10,240 simulated ones.
+"""
+
+import dataclasses
+import enum
+
+import numpy as np
+
+
+class Status(enum.IntEnum):
+  """What a rank is to the instance."""
+
+  SERVING = 0  # member of the mesh
+  SPARE = 1  # healthy, holds its memory, serves nothing
+  LAUNCHING = 2  # a replacement on its way
+  LOST = 3  # fenced or dead; never read from again
+
+
+class Role(enum.IntEnum):
+  """What a serving rank does (DESIGN section 3, deployment)."""
+
+  COLLOCATED = 0
+  ATTENTION = 1
+  EXPERT = 2
+
+
+class Tier(enum.StrEnum):
+  """Where bytes come from, nearest first."""
+
+  LOCAL = "local"  # own memory
+  PEER = "peer"  # another device of the instance
+  HOST = "host"  # memory of the own host
+  STORE = "store"  # a remote host or checkpoint store
+  DISK = "disk"  # the orbax checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingTable:
+  """Logical expert -> the physical slots that serve it."""
+
+  entries: np.ndarray  # [E, C, 2] int32 (rank, slot); -1 pads the copies
+
+  def copies(self) -> np.ndarray:
+    """Live copies of each expert, [E] int32."""
+    return (self.entries[:, :, 0] >= 0).sum(axis=1).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestTable:
+  """The requests that are in flight or queued, one row each."""
+
+  request_id: tuple[str, ...]  # Q names
+  rank: np.ndarray  # [Q] int32; -1: queued
+  prompt_tokens: np.ndarray  # [Q] int32
+  emitted_tokens: np.ndarray  # [Q] int32
+  kv_tokens: np.ndarray  # [Q] int32 positions whose KV the rank holds
+  checkpoint_tokens: np.ndarray  # [Q] int32 positions committed elsewhere
+  checkpoint_rank: np.ndarray  # [Q] int32 who holds them; -1: no rank (host)
+
+  def on(self, ranks) -> np.ndarray:
+    """Indices of the requests that sit on any of `ranks`, [.] int64."""
+    return np.flatnonzero(np.isin(self.rank, np.asarray(ranks, np.int32)))
+
+
+def no_requests() -> RequestTable:
+  """An empty request table."""
+  empty = np.zeros((0,), np.int32)
+  return RequestTable((), empty, empty, empty, empty, empty, empty)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterView:
+  """What is left of the cluster, and what it holds.
+
+  A *ready* or *cached* mesh is named by the ranks of `launched` that are
+  absent from it (`absent`), so that the name stays small at 10,240 ranks.
+  """
+
+  epoch: int
+  status: np.ndarray  # [N] int8 Status
+  role: np.ndarray  # [N] int8 Role
+  host: np.ndarray  # [N] int32 failure domain: host
+  rack: np.ndarray  # [N] int32 failure domain: rack
+  launched: tuple[int, ...]  # the ranks of the first mesh
+  mesh: np.ndarray  # [R] int32 ranks in mesh order
+  slots: np.ndarray  # [N, S] int32 expert in each slot; -1: empty
+  table: RoutingTable
+  masked: np.ndarray  # [E] bool experts hidden from the gate
+  in_host_memory: np.ndarray  # [E] bool a live host keeps a copy
+  on_disk: bool  # a checkpoint can be read
+  ready: frozenset[frozenset[int]]  # meshes that have run every program once
+  cached: frozenset[frozenset[int]]  # meshes whose executables are stored
+  executable: frozenset[int] | None  # the mesh whose programs are current
+  rows_per_rank: int  # batch rows (KV slots) reserved on a rank
+  top_k: int  # experts a token needs
+  expert_bytes: int  # weights of one expert, all layers
+  token_kv_bytes: int  # KV of one token, all layers
+  requests: RequestTable
+
+  @property
+  def n_experts(self) -> int:
+    return int(self.masked.shape[0])
+
+  @property
+  def slots_per_rank(self) -> int:
+    return int(self.slots.shape[1])
+
+  def alive(self) -> np.ndarray:
+    """[N] bool: the rank's memory may be read."""
+    return (self.status == Status.SERVING) | (self.status == Status.SPARE)
+
+  def free_rows(self) -> np.ndarray:
+    """[N] int32: KV rows free on each rank (0 on ranks outside the mesh)."""
+    free = np.zeros(self.status.shape, np.int32)
+    free[self.mesh] = self.rows_per_rank
+    held = self.requests.rank[self.requests.rank >= 0]
+    np.subtract.at(free, held, 1)
+    free[self.status != Status.SERVING] = 0
+    return free
+
+
+def absent(launched: tuple[int, ...], mesh) -> frozenset[int]:
+  """The name of a mesh: which launched ranks it lacks, and spares as ~rank.
+
+  A spare that joined is named by its complement (`~rank`, negative), so that
+  "3 left, 8 came" and "3 left" are different meshes.
+  """
+  before, now = set(launched), {int(r) for r in mesh}
+  return frozenset(before - now) | frozenset(~r for r in now - before)
