@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from resilient_moe.model.config import ModelConfig, StepOptions
 from resilient_moe.model.rows import pairwise_sum
 
-Block = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+# block number [] -> keys and values side by side, [G, 2K, kv_block, d]
+Block = Callable[[jax.Array], jax.Array]
 
 
 def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
@@ -31,29 +32,33 @@ def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 
 def split_heads(
   config: ModelConfig, qkv: jax.Array, positions: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """[N, (H+2K)d] -> q [N, H, d] (scaled, rotated), k [N, K, d], v [N, K, d]."""
+) -> tuple[jax.Array, jax.Array]:
+  """[N, (H+2K)d] -> q [N, H, d] (scaled, rotated), kv [N, 2K, d].
+
+  Keys and values lie side by side, so that cache, delta and checkpoint are
+  one array each.
+  """
   n, d = qkv.shape[0], config.head_dim
   heads = qkv.reshape(n, config.n_heads + 2 * config.n_kv_heads, d)
   q, k, v = jnp.split(
     heads, [config.n_heads, config.n_heads + config.n_kv_heads], axis=1
   )
   q = rope(q, positions, config.rope_theta) * (d**-0.5)
-  return q, rope(k, positions, config.rope_theta), v
+  k = rope(k, positions, config.rope_theta)
+  return q, jnp.concatenate([k, v], axis=1)
 
 
 def attend(
   q: jax.Array,  # [G, Q, H, d]
-  k_new: jax.Array,  # [G, Q, K, d] keys of the same tokens
-  v_new: jax.Array,  # [G, Q, K, d]
+  kv_new: jax.Array,  # [G, Q, 2K, d] keys and values of the same tokens
   start: jax.Array,  # [G] int32 position of each sequence's first query
   length: jax.Array,  # [G] int32 queries that count; the rest is padding
-  cached: Block | None,  # block number -> k, v [G, K, kv_block, d]
+  cached: Block | None,  # what lies before them; None: nothing
   options: StepOptions,
 ) -> jax.Array:
   """Causal attention of `Q` new tokens of `G` sequences, [G, Q, H, d]."""
   g, n_q, h, d = q.shape
-  k_heads = k_new.shape[2]
+  k_heads = kv_new.shape[2] // 2
   group = h // k_heads
   # At most 32 query rows in one product: one class of bits (rows.py).
   width = max(1, min(n_q, 32 // group))
@@ -61,7 +66,7 @@ def attend(
   q = jnp.pad(q, ((0, 0), (0, count * width - n_q), (0, 0), (0, 0)))
   q = q.reshape(g, count, width, k_heads, group, d)
   q = jnp.moveaxis(q, (1, 3), (0, 2))  # [count, G, K, width, group, d]
-  block = _spliced(k_new, v_new, start, cached, options.kv_block)
+  block = _spliced(kv_new, start, cached, options.kv_block)
   reach = jnp.where(length > 0, start + length, 0)
 
   def part(index: jax.Array, q_part: jax.Array) -> jax.Array:
@@ -86,34 +91,26 @@ def attend(
 
 
 def _spliced(
-  k_new: jax.Array,
-  v_new: jax.Array,
-  start: jax.Array,
-  cached: Block | None,
-  size: int,
+  kv_new: jax.Array, start: jax.Array, cached: Block | None, size: int
 ) -> Block:
   """Block `j` of the cache with the new keys and values put in their place."""
-  n_q = k_new.shape[1]
-  lanes = jnp.arange(size, dtype=jnp.int32)
+  n_q = kv_new.shape[1]
+  new = jnp.swapaxes(kv_new, 1, 2)  # [G, 2K, Q, d]
+  padded = jnp.pad(new, ((0, 0), (0, 0), (size, size), (0, 0)))
 
-  def new_block(new: jax.Array, j: jax.Array) -> jax.Array:
-    new = jnp.swapaxes(new, 1, 2)  # [G, K, Q, d]
+  def new_block(j: jax.Array) -> jax.Array:
     if n_q == 1:
       return new  # broadcasts over the block's lanes
-    padded = jnp.pad(new, ((0, 0), (0, 0), (size, size), (0, 0)))
     offset = jnp.clip(j * size - start + size, 0, n_q + size)
     cut = lambda x, o: jax.lax.dynamic_slice_in_dim(x, o, size, axis=1)
     return jax.vmap(cut)(padded, offset)
 
-  def block(j: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def block(j: jax.Array) -> jax.Array:
     if cached is None:
-      return new_block(k_new, j), new_block(v_new, j)
-    at = j * size + lanes[None, :]
+      return new_block(j)
+    at = j * size + jnp.arange(size, dtype=jnp.int32)[None, :]
     fresh = (at >= start[:, None]) & (at < start[:, None] + n_q)
-    fresh = fresh[:, None, :, None]
-    k_old, v_old = cached(j)
-    k = jnp.where(fresh, new_block(k_new, j), k_old)
-    return k, jnp.where(fresh, new_block(v_new, j), v_old)
+    return jnp.where(fresh[:, None, :, None], new_block(j), cached(j))
 
   return block
 
@@ -126,7 +123,7 @@ def _over_blocks(
 
   def body(j: jax.Array, carry: tuple) -> tuple:
     top, total, acc = carry
-    k, v = block(j)
+    k, v = jnp.split(block(j), 2, axis=1)
     scores = jnp.einsum("gkmd,gktd->gkmt", q, k)
     seen = (j * size + lanes)[None, None, :] <= at[:, :, None]
     scores = jnp.where(seen[:, None], scores, -jnp.inf)
@@ -146,12 +143,13 @@ def _over_blocks(
   return (acc / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
 
 
-def attend_plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Causal attention with a gradient: [G,Q,H,d], [G,Q,K,d] x2 -> [G,Q,H,d].
+def attend_plain(q: jax.Array, kv: jax.Array) -> jax.Array:
+  """Causal attention with a gradient: [G,Q,H,d], [G,Q,2K,d] -> [G,Q,H,d].
 
   For training: the block loop has no reverse-mode gradient.
   """
   g, n, h, d = q.shape
+  k, v = jnp.split(kv, 2, axis=2)
   q = q.reshape(g, n, k.shape[2], -1, d)
   scores = jnp.einsum("gqkmd,gtkd->gkmqt", q, k)
   causal = jnp.tril(jnp.ones((n, n), bool))

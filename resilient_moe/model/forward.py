@@ -38,8 +38,8 @@ def _forward(
   length = jnp.full((b,), t, jnp.int32)
   split = lambda a: a.reshape(b, t, *a.shape[1:])
 
-  def attend_all(_, q, k, v):
-    out = attend(split(q), split(k), split(v), start, length, None, options)
+  def attend_all(_, q, kv):
+    out = attend(split(q), split(kv), start, length, None, options)
     return out.reshape(b * t, *out.shape[2:])
 
   x, _, _ = run_layers(
@@ -82,8 +82,8 @@ def train_forward(
   positions = jnp.tile(jnp.arange(t, dtype=jnp.int32), b)
   split = lambda a: a.reshape(b, t, *a.shape[1:])
 
-  def attend_all(_, q, k, v):
-    out = attend_plain(split(q), split(k), split(v))
+  def attend_all(_, q, kv):
+    out = attend_plain(split(q), split(kv))
     return out.reshape(b * t, *out.shape[2:])
 
   x, _, stats = run_layers(

@@ -17,7 +17,7 @@ from resilient_moe.model.experts import swiglu
 from resilient_moe.model.router import route
 from resilient_moe.model.rows import rms_norm, rowwise
 
-# (layer [], q [N, H, d], k [N, K, d], v [N, K, d]) -> out [N, H, d]
+# (layer [], q [N, H, d], kv [N, 2K, d]) -> out [N, H, d]
 Attend = Callable[..., jax.Array]
 # experts [N, k] int32 -> physical slots [N, k] int32
 ToSlots = Callable[[jax.Array], jax.Array]
@@ -33,8 +33,8 @@ def run_layers(
   exchange: Exchange,
   to_slots: ToSlots,
   row_block: int,
-) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
-  """Returns x [N, D], new KV {k, v: [L, N, K, d]}, router statistics."""
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+  """Returns x [N, D], new KV [L, N, 2K, d], router statistics."""
   new_kv, stats, first = [], [], 0
   for group in params["groups"]:
     experts = group.get("moe", {}).get("experts")
@@ -44,17 +44,17 @@ def run_layers(
     def body(x: jax.Array, scanned: tuple, experts=experts, first=first):
       index, layer = scanned
       before = lambda w, r: _before_attention(config, w, *r)
-      q, k, v = rowwise(before, layer["attention"], (x, positions), row_block)
-      out = attend(first + index, q, k, v)
+      q, kv = rowwise(before, layer["attention"], (x, positions), row_block)
+      out = attend(first + index, q, kv)
       after = lambda w, r: _after_attention(config, w, *r)
       weights = (layer, masked)
       x, h, choice = rowwise(after, weights, (x, out), row_block)
       if experts is None:
-        return x, ({"k": k, "v": v}, {})
+        return x, (kv, {})
       chosen, gates, probabilities = choice
       y = exchange(experts, index, h, to_slots(chosen))
       return _combine(x, y, gates), (
-        {"k": k, "v": v},
+        kv,
         _statistics(config, chosen, probabilities),
       )
 
@@ -63,8 +63,7 @@ def run_layers(
     new_kv.append(kv)
     stats.append(stat)
     first += n
-  kv = jax.tree.map(lambda *a: jnp.concatenate(a), *new_kv)
-  return x, kv, stats[-1]
+  return x, jnp.concatenate(new_kv), stats[-1]
 
 
 def _without_experts(group: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +76,7 @@ def _without_experts(group: dict[str, Any]) -> dict[str, Any]:
 
 def _before_attention(
   config: ModelConfig, w: dict, x: jax.Array, positions: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
   h = rms_norm(x, w["norm"], config.norm_eps)
   return split_heads(config, h @ w["qkv"], positions)
 

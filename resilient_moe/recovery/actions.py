@@ -89,7 +89,7 @@ class RemapExperts(Action):
 
   table: RoutingTable
   reads: ClassVar[Resources] = _names("slots", "mesh")
-  writes: ClassVar[Resources] = _names("table")
+  writes: ClassVar[Resources] = _names("table", "mask")
 
 
 @dataclasses.dataclass(frozen=True)

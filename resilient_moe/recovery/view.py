@@ -8,8 +8,12 @@ No JAX here: the same view serves 8 virtual devices and 10,240 simulated ones.
 
 import dataclasses
 import enum
+import functools
+from collections.abc import Sequence
 
 import numpy as np
+
+Ranks = Sequence[int] | np.ndarray  # ids of ranks
 
 
 class Status(enum.IntEnum):
@@ -62,7 +66,7 @@ class RequestTable:
   checkpoint_tokens: np.ndarray  # [Q] int32 positions committed elsewhere
   checkpoint_rank: np.ndarray  # [Q] int32 who holds them; -1: no rank (host)
 
-  def on(self, ranks) -> np.ndarray:
+  def on(self, ranks: Ranks) -> np.ndarray:
     """Indices of the requests that sit on any of `ranks`, [.] int64."""
     return np.flatnonzero(np.isin(self.rank, np.asarray(ranks, np.int32)))
 
@@ -124,11 +128,40 @@ class ClusterView:
     return free
 
 
-def absent(launched: tuple[int, ...], mesh) -> frozenset[int]:
+def absent(launched: tuple[int, ...], mesh: Ranks) -> frozenset[int]:
   """The name of a mesh: which launched ranks it lacks, and spares as ~rank.
 
   A spare that joined is named by its complement (`~rank`, negative), so that
   "3 left, 8 came" and "3 left" are different meshes.
   """
-  before, now = set(launched), {int(r) for r in mesh}
-  return frozenset(before - now) | frozenset(~r for r in now - before)
+  before, now = _ids(launched), np.asarray(mesh, np.int64)
+  size = max(before.max(initial=-1), now.max(initial=-1)) + 1
+  was, is_in = np.zeros(size, bool), np.zeros(size, bool)
+  was[before] = True
+  is_in[now] = True
+  gone, came = np.flatnonzero(was & ~is_in), np.flatnonzero(is_in & ~was)
+  return frozenset(gone.tolist()) | frozenset((~came).tolist())
+
+
+def mesh_named(launched: tuple[int, ...], name: frozenset[int]) -> np.ndarray:
+  """The mesh that `absent` names, in its one order, [R] int32.
+
+  The order follows from the name, so that a ready or stored executable found
+  by name fits: joiners, ascending, take the places of those who left; who is
+  over is appended; places left over close up.
+  """
+  order = _ids(launched).astype(np.int32)
+  joined = np.array(sorted(~r for r in name if r < 0), np.int32)
+  holes = np.flatnonzero(np.isin(order, [r for r in name if r >= 0]))
+  filled = min(len(holes), len(joined))
+  order[holes[:filled]] = joined[:filled]
+  order = np.delete(order, holes[filled:])
+  return np.concatenate([order, joined[filled:]])
+
+
+@functools.lru_cache(maxsize=64)
+def _ids(launched: tuple[int, ...]) -> np.ndarray:
+  """`launched` as a read-only array, [.] int64; 10,240 ints take a while."""
+  ids = np.array(launched, np.int64)
+  ids.setflags(write=False)
+  return ids

@@ -1,0 +1,187 @@
+"""Named scenarios: the same faults for tests, benchmarks and tables.
+
+`at_step` says when the first fault strikes and `rank` whom; without a rank the
+seed draws one, so that a table over several seeds covers several ranks.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable
+
+from resilient_moe.faults.schedule import Fault, Schedule
+
+GAP_STEPS = 10  # between losses that come one after another
+WINDOW_STEPS = 40  # in which a random fault strikes
+WARNING_S = 1.0  # of a maintenance
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """What a scenario is made for."""
+
+  ranks: int
+  seed: int
+  at_step: int
+  rank: int  # the first to be struck
+
+  def after(self, distance: int) -> int:
+    """The rank `distance` places further round the ring."""
+    return (self.rank + distance) % self.ranks
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+  """A named recipe for a schedule; the docstring of `make` describes it."""
+
+  make: Callable[[Setting], Schedule]
+  tags: frozenset[str]
+  min_ranks: int  # so that the ranks struck differ and one survives
+
+  @property
+  def about(self) -> str:
+    """What happens, in a sentence."""
+    return (self.make.__doc__ or "").strip().split("\n")[0]
+
+
+def ring_neighbour(rank: int, ranks: int) -> int:
+  """The rank that holds another's KV checkpoint when a peer does."""
+  return (rank + 1) % ranks
+
+
+def scenario(
+  name: str,
+  ranks: int,
+  seed: int = 0,
+  *,
+  at_step: int = 20,
+  rank: int | None = None,
+  after_ready: bool = False,
+) -> Schedule:
+  """The schedule of a named scenario.
+
+  Args:
+    name: one of `SCENARIOS`.
+    ranks: how many ranks serve.
+    seed: draws what is not given.
+    at_step: when the first fault may strike.
+    rank: whom it strikes first; drawn when not given.
+    after_ready: wait until the policy's ready meshes are ready.
+
+  Returns:
+    The schedule.
+  """
+  if name not in SCENARIOS:
+    raise ValueError(
+      f"unknown scenario {name!r}; choose from {', '.join(SCENARIOS)}"
+    )
+  chosen = SCENARIOS[name]
+  if ranks < chosen.min_ranks:
+    raise ValueError(
+      f"scenario {name!r} needs at least {chosen.min_ranks} ranks, not {ranks}"
+    )
+  if rank is None:
+    rank = random.Random(f"scenario/{seed}").randrange(ranks)
+  elif not 0 <= rank < ranks:
+    raise ValueError(
+      f"rank {rank} is out of range; {ranks} ranks have ids 0 to {ranks - 1}"
+    )
+  schedule = chosen.make(Setting(ranks, seed, at_step, rank))
+  if after_ready:
+    # Inside a recovery the next meshes are not ready yet: no wait for those.
+    schedule = tuple(
+      dataclasses.replace(fault, after_ready=fault.during_recovery is None)
+      for fault in schedule
+    )
+  return schedule
+
+
+def none(setting: Setting) -> Schedule:
+  """Nothing breaks: the fault-free twin."""
+  del setting
+  return ()
+
+
+def rank_lost_decode(setting: Setting) -> Schedule:
+  """A rank is lost in a step that only decodes."""
+  return (_lost(setting, setting.rank, phase="decode"),)
+
+
+def rank_lost_prefill(setting: Setting) -> Schedule:
+  """A rank is lost in a step that prefills."""
+  return (_lost(setting, setting.rank, phase="prefill"),)
+
+
+def two_at_once(setting: Setting) -> Schedule:
+  """Two ranks from opposite sides of the ring are lost at the same moment."""
+  return (_lost(setting, setting.rank, setting.after(setting.ranks // 2)),)
+
+
+def neighbours(setting: Setting) -> Schedule:
+  """A rank is lost together with the neighbour that holds its KV checkpoint."""
+  other = ring_neighbour(setting.rank, setting.ranks)
+  return (_lost(setting, setting.rank, other),)
+
+
+def one_after_another(setting: Setting) -> Schedule:
+  """Half of the ranks are lost, one by one, ten steps apart."""
+  return tuple(
+    Fault(
+      "rank_lost",
+      (setting.after(index),),
+      at_step=setting.at_step + index * GAP_STEPS,
+    )
+    for index in range(setting.ranks // 2)
+  )
+
+
+def during_recovery(setting: Setting) -> Schedule:
+  """A second rank is lost after two actions of the first one's recovery."""
+  return (
+    _lost(setting, setting.rank),
+    Fault("rank_lost", (setting.after(setting.ranks // 2),), during_recovery=2),
+  )
+
+
+def maintenance(setting: Setting) -> Schedule:
+  """A rank is announced to go away, and goes at the deadline."""
+  return (
+    Fault(
+      "rank_leaving",
+      (setting.rank,),
+      at_step=setting.at_step,
+      deadline_s=WARNING_S,
+    ),
+  )
+
+
+def at_random(setting: Setting) -> Schedule:
+  """A rank is lost at a seeded step, in whatever phase that is."""
+  later = random.Random(f"scenario/step/{setting.seed}").randrange(WINDOW_STEPS)
+  return (Fault("rank_lost", (setting.rank,), at_step=setting.at_step + later),)
+
+
+def _lost(setting: Setting, *ranks: int, phase: str = "any") -> Fault:
+  return Fault("rank_lost", ranks, at_step=setting.at_step, phase=phase)
+
+
+SCENARIOS: dict[str, Scenario] = {
+  "none": Scenario(none, frozenset({"fault_free"}), 1),
+  "rank_lost_decode": Scenario(
+    rank_lost_decode, frozenset({"single", "decode"}), 2
+  ),
+  "rank_lost_prefill": Scenario(
+    rank_lost_prefill, frozenset({"single", "prefill"}), 2
+  ),
+  "two_at_once": Scenario(two_at_once, frozenset({"several"}), 3),
+  "neighbours": Scenario(
+    neighbours, frozenset({"several", "checkpoint_lost"}), 3
+  ),
+  "one_after_another": Scenario(
+    one_after_another, frozenset({"several", "repeated"}), 2
+  ),
+  "during_recovery": Scenario(
+    during_recovery, frozenset({"several", "in_recovery"}), 3
+  ),
+  "maintenance": Scenario(maintenance, frozenset({"single", "warning"}), 2),
+  "random": Scenario(at_random, frozenset({"single", "random"}), 2),
+}

@@ -1,0 +1,47 @@
+"""Compiles step programs ahead of time, in a process of low priority.
+
+  python -m resilient_moe.mesh.ahead STORE N_DEVICES SIZE [SIZE ...]
+
+Serving goes on meanwhile: a thread would share the interpreter lock and the
+cores with it (`jax_facts.md`, "Compilation": decode slows by half beside a
+compiling thread, by 2% beside a nice process).
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+SHAPE_FILE = "shape.json"
+
+
+def start(
+  store: pathlib.Path, n_devices: int, sizes: list[int]
+) -> subprocess.Popen:
+  """Starts the compiler process; it ends by itself."""
+  command = [sys.executable, "-m", __name__, str(store), str(n_devices)]
+  return subprocess.Popen(
+    command + [str(s) for s in sizes], stdin=subprocess.DEVNULL,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+  )  # fmt: skip
+
+
+def main(store: pathlib.Path, n_devices: int, sizes: list[int]) -> None:
+  """Fills the store with the step programs of each mesh size."""
+  os.nice(19)
+  import jax
+
+  jax.config.update("jax_num_cpu_devices", n_devices)
+  from resilient_moe.mesh.executables import Executables, read_shape
+
+  shape = read_shape(store / SHAPE_FILE)
+  executables = Executables(shape, store)
+  for size in sizes:
+    for chunk in shape.chunks():
+      executables.compile_for(chunk, jax.devices()[:size])
+
+
+if __name__ == "__main__":
+  main(
+    pathlib.Path(sys.argv[1]), int(sys.argv[2]), [int(s) for s in sys.argv[3:]]
+  )

@@ -1,0 +1,115 @@
+"""Where lost experts come from: the nearest tier, a replica, or nowhere yet."""
+
+import numpy as np
+
+from resilient_moe.recovery import actions as act
+from resilient_moe.recovery.checks import expert_ranks
+from resilient_moe.recovery.compose import Actions, Experts
+from resilient_moe.recovery.placement import extra_copies
+from resilient_moe.recovery.policy import Infeasible
+from resilient_moe.recovery.rescue import (
+  assign,
+  copies_from,
+  lost_experts,
+  replicate,
+  retable,
+)
+from resilient_moe.recovery.view import ClusterView
+
+
+def nearest(host_weights: bool = True) -> Experts:
+  """Lost experts are copied from the nearest tier before service goes on.
+
+  `host_weights` keeps all experts in host memory too; without it they come
+  from disk.
+  """
+  return Experts(
+    extra=lambda n: 0, resume=_copy_lost, host_weights=host_weights
+  )
+
+
+def replicas(
+  count: int | str = "all",
+  shadows: bool = False,
+  load: np.ndarray | None = None,
+  host_weights: bool = True,
+) -> Experts:
+  """A second copy of `count` experts (the most loaded first) on other ranks.
+
+  They serve (or, as `shadows`, hold weights only) and are promoted by a table
+  change; what has none is copied from the nearest tier. Redundancy is
+  restored behind traffic, into empty slots.
+  """
+  if count != "all" and (not isinstance(count, int) or count < 0):
+    raise ValueError(f"replicas={count!r}; choices: 'all' or a number >= 0")
+
+  def extra(n: int) -> int:
+    return n if count == "all" else min(int(count), n)
+
+  def repair(view: ClusterView) -> Actions:
+    wanted = np.sort(extra_copies(view.n_experts, extra(view.n_experts), load))
+    moves = replicate(view, wanted)
+    copies = copies_from(view, moves)
+    if not moves or isinstance(copies, str):
+      return ()
+    if shadows:
+      return copies
+    return (*copies, act.RemapExperts(retable(view, moves)))
+
+  return Experts(
+    extra=extra,
+    resume=_copy_lost,
+    repair=repair,
+    copies=1 if shadows else 2,
+    load=load,
+    host_weights=host_weights,
+  )
+
+
+def mask(min_live: int = 0, host_weights: bool = True) -> Experts:
+  """Lost experts are hidden at once, and copied back behind traffic.
+
+  Needs at least `min_live` experts left (never fewer than a token needs).
+  """
+
+  def resume(view: ClusterView) -> Actions | Infeasible:
+    lost = lost_experts(view)
+    readable = np.isin(lost, view.slots[view.alive()])  # with who leaves
+    hidden = lost[~readable]
+    live, need = view.n_experts - len(hidden), max(min_live, view.top_k)
+    if live < need:
+      return Infeasible(f"{live} experts are left, {need} are needed")
+    drained = _copy_lost(view, lost[readable])
+    new = hidden[~view.masked[hidden]].tolist()
+    if isinstance(drained, Infeasible) or not new:
+      return drained
+    return (act.MaskExperts(tuple(new)), *drained)
+
+  def repair(view: ClusterView) -> Actions:
+    room = int((view.slots[expert_ranks(view)] < 0).sum())
+    behind = _copy_lost(view, lost_experts(view)[:room])
+    return () if isinstance(behind, Infeasible) else behind
+
+  return Experts(
+    extra=lambda n: 0,
+    resume=resume,
+    repair=repair,
+    host_weights=host_weights,
+    lossless=False,
+  )
+
+
+def _copy_lost(
+  view: ClusterView, lost: np.ndarray | None = None
+) -> Actions | Infeasible:
+  """Copies of `lost` (default: all lost) and the table that serves them."""
+  moves = assign(view, lost_experts(view) if lost is None else lost)
+  if isinstance(moves, str):
+    return Infeasible(moves)
+  copies = copies_from(view, moves)
+  if isinstance(copies, str):
+    return Infeasible(copies)
+  table = retable(view, moves)
+  if not moves and np.array_equal(table.entries, view.table.entries):
+    return ()
+  return (*copies, act.RemapExperts(table))

@@ -1,0 +1,72 @@
+"""The LaTeX table: a booktabs `tabular` for a paper to input."""
+
+from collections.abc import Callable, Sequence
+
+from resilient_moe.report.rows import Row
+
+_ESCAPES = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "_": r"\_",
+    "%": r"\%",
+    "&": r"\&",
+    "#": r"\#",
+    "$": r"\$",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
+
+_HEAD = r"""% \usepackage{booktabs} in the preamble, then \input this file.
+% Seconds (_s), bytes or counts; _steps: fault-free median decode steps.
+% Median over seeds [interval]; --: nothing to measure.
+"""
+
+
+def escape(text: str) -> str:
+  """Text in which LaTeX sees no commands."""
+  return "".join(_ESCAPES.get(character, character) for character in text)
+
+
+def _heading(name: str) -> str:
+  """A column name on several lines, broken at underscores: they are long."""
+  words = name.split("_")
+  lines = [f"{word}_" for word in words[:-1]] + [words[-1]]
+  # A unit alone on a line reads badly.
+  if len(lines) > 1 and len(lines[-1]) <= 2:
+    lines[-2:] = ["".join(lines[-2:])]
+  text = r" \\ ".join(map(escape, lines))
+  return rf"\shortstack{{{text}}}"
+
+
+def _cell(text: str) -> str:
+  # The interval goes below its median, so that the table fits a page.
+  text = "--" if text == "-" else escape(text)
+  median, bracket, interval = text.partition(" [")
+  if not bracket:
+    return text
+  return rf"\shortstack{{{median} \\ {{[{interval}}}}}"
+
+
+def latex(
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    cell: Callable[[Row, str], str],
+    verdict_cell: Callable[[Row], str],
+) -> str:
+  """The rows as a `tabular`; needs the package booktabs and no other."""
+  names = ["policy", "runtime", "deployment", "seeds", *columns, "verdict"]
+  lines = [r"\begin{tabular}{lll" + "r" * (len(columns) + 1) + "l}"]
+  lines += [r"\toprule", " & ".join(map(_heading, names)) + r" \\"]
+  scenario = None
+  for row in rows:
+    if row.scenario != scenario:
+      scenario = row.scenario
+      span = rf"\multicolumn{{{len(names)}}}{{l}}"
+      lines += [r"\midrule", rf"{span}{{\emph{{{escape(scenario)}}}}} \\"]
+    first = [row.policy, row.runtime, row.deployment, str(row.seeds)]
+    numbers = [_cell(cell(row, name)) for name in columns]
+    cells = [*map(escape, first), *numbers, escape(verdict_cell(row))]
+    lines.append(" & ".join(cells) + r" \\")
+  lines += [r"\bottomrule", r"\end{tabular}", ""]
+  return _HEAD + "\n".join(lines)

@@ -1,0 +1,231 @@
+"""Builds an engine's backend from a case: weights, programs, redundancy."""
+
+import concurrent.futures
+import dataclasses
+import pathlib
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from resilient_moe.faults import Injector
+from resilient_moe.mesh.executables import Executables
+from resilient_moe.mesh.programs import InstanceShape
+from resilient_moe.model.checkpoint import read_config
+from resilient_moe.model.config import ModelConfig, StepOptions
+from resilient_moe.model.params import expert_bytes
+from resilient_moe.model.step import cache_shape
+from resilient_moe.recovery import (
+  ClusterView,
+  RecoveryPolicy,
+  RestartInstance,
+  Standing,
+  Status,
+  advance,
+  bare_view,
+  lose,
+  stand,
+)
+from resilient_moe.runtime.case import Case, make_policy
+from resilient_moe.runtime.channel import ChannelRecorder
+from resilient_moe.runtime.device_store import DeviceStore
+from resilient_moe.runtime.emulated import EmulatedBackend
+from resilient_moe.runtime.execute import canary
+from resilient_moe.runtime.kv_checkpoint import KVCheckpointer
+from resilient_moe.runtime.readiness import Readiness
+from resilient_moe.runtime.weights import WeightTiers, tree_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Fresh:
+  """What a fresh engine takes over from the one before it, if any."""
+
+  generation: int = 0
+  ranks: tuple[int, ...] = ()  # the mesh after a restart
+  dead: tuple[int, ...] = ()
+  epoch: int = 0
+  first_step: int = 0
+  injector: str = ""  # its state as JSON
+  began_s: float = 0.0  # when the restart began
+  paused: tuple[str, ...] = ()
+  cache: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plans:
+  """What is known before any array exists."""
+
+  config: ModelConfig
+  policy: RecoveryPolicy
+  standing: Standing
+  view: ClusterView
+  shape: InstanceShape
+  base_rows: int  # rows a rank needs without any loss
+
+
+def plan_instance(case: Case, fresh: Fresh) -> Plans:
+  """The policy's standing reserve and the shapes that follow from it."""
+  config = read_config(case.checkpoint)
+  options = StepOptions(**case.options)
+  policy = make_policy(case)
+  token_kv = int(np.prod(cache_shape(config, options))) * 4
+  token_kv //= options.rows * options.cache_len
+  bare = bare_view(
+    case.ranks, config.n_experts, spares=policy.spares, top_k=config.top_k,
+    rows_per_rank=options.rows, expert_bytes=expert_bytes(config),
+    token_kv_bytes=token_kv,
+  )  # fmt: skip
+  standing = policy.prepare(bare)
+  view = stand(bare, standing)
+  if fresh.generation:
+    view = lose(view, fresh.dead)
+    view = advance(view, RestartInstance(fresh.ranks, fresh.cache))
+    view = dataclasses.replace(view, epoch=fresh.epoch + 1)
+  # Only what has really run is ready; the rest is to come.
+  own = frozenset[int]() if not fresh.generation else view.executable
+  view = dataclasses.replace(
+    view, ready=frozenset({own}), cached=frozenset(), executable=own
+  )
+  shape = InstanceShape(
+    config,
+    dataclasses.replace(options, rows=view.rows_per_rank),
+    view.slots_per_rank,
+    view.table.entries.shape[1],
+  )
+  return Plans(config, policy, standing, view, shape, options.rows)
+
+
+def assemble(
+  case: Case,
+  plans: Plans,
+  fresh: Fresh,
+  devices: Sequence[jax.Device],
+  scratch: pathlib.Path,
+  recorder: ChannelRecorder,
+) -> EmulatedBackend:
+  """An engine ready to serve; each stage is recorded with its seconds."""
+  stage = _Stages(recorder, fresh.generation)
+  weights = WeightTiers(pathlib.Path(case.checkpoint))
+  stage.done("weights")
+  # A cold restart finds no store; executables belong to one run.
+  cold = fresh.generation and not fresh.cache
+  folder = scratch / (f"cold{fresh.generation}" if cold else "executables")
+  executables = Executables(plans.shape, folder)
+  mesh = tuple(plans.view.mesh.tolist())
+  _fetch(executables, plans.shape, [devices[r] for r in mesh])
+  stage.done("executables")
+  store = DeviceStore(plans.shape, devices, executables)
+  for rank in np.flatnonzero(plans.view.alive()).tolist():
+    held = plans.view.slots[rank].tolist()
+    trees = [weights.expert(e) if e >= 0 else None for e in held]
+    store.add(rank, weights.dense, trees)
+  store.wait()
+  stage.done("placing")
+  backend = _backend(case, plans, fresh, store, weights, folder, recorder)
+  _warm(backend)
+  stage.done("first_step")
+  return backend
+
+
+class _Stages:
+  """Records how long each stage of a start took."""
+
+  def __init__(self, recorder: ChannelRecorder, generation: int) -> None:
+    self._recorder, self._generation = recorder, generation
+    self._since = time.monotonic()
+
+  def done(self, stage: str) -> None:
+    now = time.monotonic()
+    self._recorder.write(
+      "engine", stage=stage, seconds=now - self._since,
+      generation=self._generation,
+    )  # fmt: skip
+    self._since = now
+
+
+def _fetch(
+  executables: Executables, shape: InstanceShape, devices: list[jax.Device]
+) -> None:
+  """The step programs of the first mesh, compiled side by side."""
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    jobs = [
+      pool.submit(executables.step, width, devices) for width in shape.chunks()
+    ]
+    for job in jobs:
+      job.result()
+
+
+def _backend(
+  case: Case,
+  plans: Plans,
+  fresh: Fresh,
+  store: DeviceStore,
+  weights: WeightTiers,
+  folder: pathlib.Path,
+  recorder: ChannelRecorder,
+) -> EmulatedBackend:
+  standing = plans.standing
+  if not standing.host_weights:
+    weights.drop_host_copy()
+  checkpointer = None
+  if standing.checkpoint != "none":
+    checkpointer = _checkpointer(plans, recorder)
+  injector = Injector(case.faults)
+  if fresh.injector:
+    n = case.ranks + plans.policy.spares
+    injector = Injector.from_json(fresh.injector, n)
+  backend: EmulatedBackend
+  readiness = Readiness(
+    store.executables, folder, len(store.devices),
+    lambda mesh, width: backend.run_once(mesh, width),
+    lambda name, seconds: backend.mesh_ready(name, seconds),
+  )  # fmt: skip
+  backend = EmulatedBackend(
+    plans.view, standing, store, weights, checkpointer, readiness, injector,
+    recorder.write, recorder.now_s,
+  )  # fmt: skip
+  if not fresh.generation:
+    run = not standing.store_executables
+    readiness.want(plans.view.launched, standing.ready, run=run)
+  return backend
+
+
+def _checkpointer(plans: Plans, recorder: ChannelRecorder) -> KVCheckpointer:
+  n_layers, _, rows, heads, length, d = cache_shape(
+    plans.config, plans.shape.options
+  )
+  return KVCheckpointer(
+    plans.standing.checkpoint, (n_layers, heads, length, d),
+    plans.config.dtype, rows * len(plans.view.mesh),
+    lambda text: recorder.write("warning", text=text),
+  )  # fmt: skip
+
+
+def _warm(backend: EmulatedBackend) -> None:
+  """Runs every program once: steps, commits and slot writes."""
+  for width in backend.store.shape.chunks():
+    backend.run_once(backend.facts.mesh, width)
+  backend.store.warm_rank_programs()
+  backend.canary_token = canary(backend)
+
+
+def redundancy_bytes(plans: Plans, backend: EmulatedBackend) -> int:
+  """Memory beyond the same instance's without recovery.
+
+  Copies and empty slots of experts, spare KV rows, spare devices' dense
+  weights, KV mirrors, and experts kept in host memory.
+  """
+  view, shape = plans.view, plans.shape
+  alive = int(view.alive().sum())
+  spares = int((view.status == Status.SPARE).sum())
+  slots = alive * view.slots_per_rank - view.n_experts
+  row = view.token_kv_bytes * shape.options.cache_len
+  base = plans.base_rows * len(view.launched)
+  total = slots * view.expert_bytes
+  total += (alive * view.rows_per_rank - base) * row
+  total += spares * tree_bytes(backend.weights.dense)
+  total += backend.weights.host_bytes
+  if backend.checkpointer is not None:
+    total += backend.checkpointer.reserved_bytes
+  return max(total, 0)

@@ -1,0 +1,53 @@
+"""Everything that defines one run, as plain data (no JAX)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from resilient_moe.faults import Fault
+from resilient_moe.recovery import RecoveryPolicy, first_feasible, load
+from resilient_moe.serving.request import Request
+
+RUNTIMES = ("emulated", "logical")
+DEPLOYMENTS = ("collocated",)
+
+
+class RunFailed(RuntimeError):
+  """The engine failed, or no policy in line could recover."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One policy, one scenario, one seed, on one runtime."""
+
+  checkpoint: str  # folder of the model
+  policy: str  # name or dotted path; "a+b": b takes over where a can't
+  policy_kwargs: Mapping[str, Any]  # of the first policy
+  scenario: str
+  seed: int
+  runtime: str
+  deployment: str
+  ranks: int
+  options: Mapping[str, Any]  # fields of model.StepOptions
+  requests: tuple[Request, ...]
+  faults: tuple[Fault, ...]
+  wait_ready: bool = True  # hold traffic until the ready meshes are ready
+
+  def __post_init__(self) -> None:
+    for name, choices in (("runtime", RUNTIMES), ("deployment", DEPLOYMENTS)):
+      value = getattr(self, name)
+      if value not in choices:
+        raise ValueError(
+          f"{name}={value!r}: choose one of {', '.join(choices)}"
+        )
+    if self.ranks < 1:
+      raise ValueError(f"ranks={self.ranks}: at least 1")
+
+
+def make_policy(case: Case) -> RecoveryPolicy:
+  """The policy of a case; "a+b" asks b where a says Infeasible."""
+  first, *rest = case.policy.split("+")
+  policy = load(first, **dict(case.policy_kwargs))
+  if rest:
+    policy = first_feasible(policy, *(load(name) for name in rest))
+  return policy

@@ -1,0 +1,240 @@
+"""What the ranks hold, one set of arrays per device.
+
+The per-rank arrays are the truth; global arrays for a step are views made of
+them (`make_array_from_single_device_arrays` copies nothing). So a loss is the
+deletion of one rank's arrays, and a new mesh is a new list of the others.
+(Deleting one shard of a live global array instead kills the process:
+`jax_facts.md`, "Traps".)
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from resilient_moe.mesh.executables import Executables, Source
+from resilient_moe.mesh.programs import (
+  InstanceShape,
+  expert_shapes,
+  make_mesh,
+  step_specs,
+  with_experts,
+)
+from resilient_moe.model.step import batch_width, cache_shape
+
+Tree = dict[str, Any]
+
+
+class LostRankError(RuntimeError):
+  """Something tried to use the memory of a rank that is gone."""
+
+
+class DeviceStore:
+  """Weights, slots and KV of each rank on its own device."""
+
+  def __init__(
+    self, shape: InstanceShape, devices: Sequence[jax.Device],
+    executables: Executables,
+  ) -> None:  # fmt: skip
+    self.shape = shape
+    self.devices = list(devices)  # by rank
+    self.executables = executables
+    self._dense: dict[int, Tree] = {}
+    self._experts: dict[int, Tree] = {}
+    self._cache: dict[int, jax.Array] = {}
+    self._programs: dict[int, dict[str, jax.stages.Compiled]] = {}
+    self._lost: set[int] = set()
+    self._bound: tuple | None = None  # (mesh, params, shardings)
+
+  # -- contents of a rank
+
+  def add(self, rank: int, dense: Tree, slots: list[Tree | None]) -> None:
+    """Fills a rank: dense weights, and an expert's tree for each slot."""
+    device = self.devices[rank]
+    put = lambda x: jax.device_put(jnp.asarray(x), device)
+    self._dense[rank] = jax.tree.map(put, dense)
+    empty = jax.tree.map(
+      lambda s: np.zeros((s.shape[0], *s.shape[3:]), s.dtype),
+      expert_shapes(self.shape, 1),
+    )
+    stack = lambda *x: put(np.stack(x, axis=1)[:, None])
+    filled = [empty if tree is None else tree for tree in slots]
+    self._experts[rank] = jax.tree.map(stack, *filled)
+    zeros = np.zeros(
+      cache_shape(self.shape.config, self.shape.options),
+      self.shape.config.dtype,
+    )
+    self._cache[rank] = put(zeros)
+    self._programs[rank] = self.executables.rank_programs(device)
+    self._lost.discard(rank)
+    self._bound = None
+
+  def lose(self, rank: int) -> None:
+    """Deletes all that the rank held; any later use of it is an error."""
+    self._check(rank)
+    self._bound = None  # global views first (see the module's docstring)
+    trees = (
+      self._dense.pop(rank), self._experts.pop(rank), self._cache.pop(rank)
+    )  # fmt: skip
+    jax.block_until_ready(trees)
+    for array in jax.tree.leaves(trees):
+      array.delete()
+    self._lost.add(rank)
+
+  def _check(self, rank: int) -> None:
+    if rank in self._lost or rank not in self._cache:
+      raise LostRankError(f"rank {rank} is gone: its memory can't be used")
+
+  def write_slot(self, rank: int, slot: int, weights: Tree) -> None:
+    """One expert's weights ([L, ...] leaves, host or device) into a slot."""
+    self._check(rank)
+    self._bound = None
+    on = self.devices[rank]
+    new = jax.tree.map(lambda x: jax.device_put(x, on), weights)
+    program = self._programs[rank]["write_slot"]
+    index = jax.device_put(np.int32(slot), on)
+    self._experts[rank] = program(self._experts[rank], new, index)
+
+  def read_slot(self, rank: int, slot: int) -> Tree:
+    """An expert's weights as they lie on a rank, [L, ...] leaves."""
+    self._check(rank)
+    return jax.tree.map(
+      lambda x: np.asarray(x)[:, 0, slot], self._experts[rank]
+    )
+
+  def read_row(self, rank: int, row: int, tokens: int) -> np.ndarray:
+    """KV of a request, [L, 2K, tokens, d], copied to the host."""
+    self._check(rank)
+    cache = np.asarray(self._cache[rank])
+    return cache[:, 0, row, :, :tokens].copy()
+
+  def write_row(self, rank: int, row: int, kv: np.ndarray) -> None:
+    """KV [L, 2K, tokens, d] into a row, through the commit program."""
+    self._check(rank)
+    options = self.shape.options
+    width, b = options.chunk, options.rows
+    device = self.devices[rank]
+    program = self._programs[rank][f"commit{width}"]
+    n_layers, heads, tokens, d = kv.shape
+    for start in range(0, tokens, width):
+      part = kv[:, :, start : start + width]
+      delta = np.zeros((n_layers, 1, b + width, heads, d), kv.dtype)
+      delta[:, 0, b : b + part.shape[2]] = np.swapaxes(part, 1, 2)
+      ints = np.zeros((1, batch_width(options, width)), np.int32)
+      ints[0, b : 2 * b] = -1  # no decode row
+      ints[0, 4 * b : 4 * b + 3] = start, part.shape[2], row
+      arrays = jax.device_put((delta, ints), device)
+      self._cache[rank] = program(self._cache[rank], *arrays)
+
+  def warm_rank_programs(self) -> None:
+    """Runs each rank's own programs once, leaving its contents as they are."""
+    options = self.shape.options
+    for rank, device in enumerate(self.devices):
+      if rank not in self._cache:
+        continue
+      for width in self.shape.chunks():
+        ints = np.zeros((1, batch_width(options, width)), np.int32)
+        ints[0, options.rows : 2 * options.rows] = -1
+        n_layers, _, _, heads, _, d = self._cache[rank].shape
+        shape = (n_layers, 1, options.rows + width, heads, d)
+        delta = np.zeros(shape, self._cache[rank].dtype)
+        arrays = jax.device_put((delta, ints), device)
+        commit = self._programs[rank][f"commit{width}"]
+        self._cache[rank] = commit(self._cache[rank], *arrays)
+      self.write_slot(rank, 0, self.read_slot(rank, 0))
+    self.wait()
+
+  def wait(self) -> None:
+    """Blocks until everything that was dispatched is done."""
+    jax.block_until_ready((self._experts, self._cache))
+
+  # -- the mesh
+
+  def _bind(self, mesh: tuple[int, ...]) -> tuple[Tree, tuple]:
+    """Global parameter views over `mesh`, and the arguments' shardings."""
+    if self._bound is None or self._bound[0] != mesh:
+      for rank in mesh:
+        self._check(rank)
+      self._bound = (mesh, *self._make_views(mesh))
+    return self._bound[1], self._bound[2]
+
+  def _make_views(self, mesh: tuple[int, ...]) -> tuple[Tree, tuple]:
+    devices = make_mesh([self.devices[r] for r in mesh])
+    shardings = jax.tree.map(
+      lambda spec: NamedSharding(devices, spec), step_specs(self.shape)[0]
+    )
+    everywhere = shardings[2]["table"]
+    by_rank = shardings[1]
+    dense = jax.tree.map(
+      lambda *x: _assemble(x[0].shape, everywhere, x),
+      *[self._dense[r] for r in mesh],
+    )
+    experts = jax.tree.map(
+      lambda *x: _assemble(_widened(x[0].shape, len(mesh)), by_rank, x),
+      *[self._experts[r] for r in mesh],
+    )
+    return with_experts(dense, experts), shardings
+
+  def put_routing(self, mesh: tuple[int, ...], routing: Tree) -> Tree:
+    """The routing table on every device of the mesh."""
+    return jax.device_put(routing, self._bind(mesh)[1][2])
+
+  def program(
+    self, mesh: tuple[int, ...], width: int
+  ) -> tuple[jax.stages.Compiled, Source]:
+    """The step program of a mesh."""
+    return self.executables.step(width, [self.devices[r] for r in mesh])
+
+  def run(
+    self, mesh: tuple[int, ...], width: int, routing: Tree, ints: np.ndarray
+  ) -> tuple[jax.Array, np.ndarray, jax.Array]:
+    """One step, waited for: delta, tokens [R, B + 1], the packed batch."""
+    params, shardings = self._bind(mesh)
+    program, _ = self.program(mesh, width)
+    cache = [self._cache[r] for r in mesh]
+    shape = _widened(cache[0].shape, len(mesh))
+    packed = jax.device_put(ints, shardings[3])
+    delta, tokens = program(
+      params, _assemble(shape, shardings[1], cache), routing, packed
+    )
+    jax.block_until_ready(delta)
+    return delta, np.asarray(tokens), packed
+
+  def commit(
+    self, mesh: tuple[int, ...], width: int, delta: jax.Array, ints: jax.Array
+  ) -> None:
+    """Scatters a step's delta into the (donated) cache of each rank."""
+    for place, rank in enumerate(mesh):
+      commit = self._programs[rank][f"commit{width}"]
+      self._cache[rank] = commit(
+        self._cache[rank],
+        delta.addressable_data(place),
+        ints.addressable_data(place),
+      )
+
+  def make_ready(
+    self, mesh: tuple[int, ...], width: int, routing: Tree
+  ) -> Source:
+    """Loads a mesh's program and runs it once, on idle rows; no commit."""
+    _, source = self.program(mesh, width)
+    options = self.shape.options
+    ints = np.zeros((len(mesh), batch_width(options, width)), np.int32)
+    ints[:, options.rows : 2 * options.rows] = -1
+    kept, self._bound = self._bound, None
+    self.run(mesh, width, self.put_routing(mesh, routing), ints)
+    self._bound = kept
+    return source
+
+
+def _widened(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
+  """The global shape of `n` per-rank arrays: axis 1 is the rank axis."""
+  return (shape[0], n, *shape[2:])
+
+
+def _assemble(shape: tuple[int, ...], sharding: Any, arrays: Any) -> jax.Array:
+  return jax.make_array_from_single_device_arrays(
+    shape, sharding, list(arrays)
+  )

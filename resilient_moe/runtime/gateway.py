@@ -1,0 +1,281 @@
+"""The gateway: requests enter and tokens leave through it (no JAX).
+
+It outlives the engine. An engine is a process behind a socket; when a plan
+restarts the instance, the gateway starts a fresh one and hands it every
+unanswered request with the tokens that have left so far.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from resilient_moe.report import HistoryWriter
+from resilient_moe.runtime.case import Case, RunFailed, make_policy
+from resilient_moe.runtime.channel import Channel, Message, request_to_json
+from resilient_moe.serving.request import Request
+from resilient_moe.serving.scheduler import refusal
+
+Progress = Callable[[dict[str, Any]], None]
+POLL_S = 0.05
+ENGINE_LOG = "engine.log"
+
+
+def run_case(
+  case: Case, folder: pathlib.Path, progress: Progress | None = None
+) -> None:
+  """Serves a case; leaves `history.jsonl` and `outputs.jsonl` in `folder`.
+
+  Both appear whole at the end; while the run goes on they are `.partial`.
+
+  Raises:
+    RunFailed: the engine failed, or no policy in line could recover.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  partial = folder / "history.jsonl.partial"
+  scratch = folder / "scratch"
+  shutil.rmtree(scratch, ignore_errors=True)
+  scratch.mkdir()
+  with HistoryWriter(partial) as history:
+    gateway = Gateway(case, scratch, history, progress)
+    try:
+      gateway.run()
+    finally:
+      gateway.close()
+  outputs = folder / "outputs.jsonl.partial"
+  lines = [json.dumps(o) for o in gateway.outputs()]
+  outputs.write_text("".join(line + "\n" for line in lines))
+  partial.rename(folder / "history.jsonl")
+  outputs.rename(folder / "outputs.jsonl")
+  shutil.rmtree(scratch)
+
+
+@dataclasses.dataclass
+class Answer:
+  """A request as its client sees it."""
+
+  request: Request
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  reason: str = ""  # why it ended; "": in flight
+
+
+class Gateway:
+  """One run's requests, history and engine."""
+
+  def __init__(
+    self,
+    case: Case,
+    scratch: pathlib.Path,
+    history: HistoryWriter,
+    progress: Progress | None,
+  ) -> None:
+    self._case = case
+    self._scratch = scratch
+    self._history = history
+    self._progress = progress or (lambda event: None)
+    self._start_s = history.start_s
+    self._answers: dict[str, Answer] = {}
+    self._timed: collections.deque[Request] = collections.deque()
+    self._engine: subprocess.Popen | None = None
+    self._channel: Channel
+    self._done = False
+
+  def run(self) -> None:
+    """Accepts the requests, starts an engine, serves to the end."""
+    self._begin()
+    self._spawn({"generation": 0})
+    while not self._done:
+      for message in self._channel.receive(POLL_S):
+        if "control" in message:
+          self._control(message)
+        else:
+          self._event(message)
+      self._send_due()
+      if self._channel.closed and not self._done:
+        self._check_engine()
+    self._write("end", self._now())
+
+  def outputs(self) -> list[dict[str, Any]]:
+    """One object a request (DESIGN section 8)."""
+    return [
+      {
+        "request_id": name,
+        "prompt_tokens": list(a.request.prompt),
+        "output_tokens": a.tokens,
+        "finish_reason": a.reason,
+      }
+      for name, a in self._answers.items()
+    ]
+
+  def close(self) -> None:
+    """Leaves no process behind, however the run ended."""
+    if self._engine is not None:
+      self._engine.kill()
+      self._engine.wait()
+      self._channel.close()
+
+  # -- requests
+
+  def _begin(self) -> None:
+    policy = make_policy(self._case)
+    self._write(
+      "run", self._now(), policy=self._case.policy,
+      scenario=self._case.scenario, runtime=self._case.runtime,
+      deployment=self._case.deployment, seed=self._case.seed,
+      ranks=self._case.ranks, lossless=policy.lossless,
+      fails_requests=policy.fails_requests, exact=True,
+      expected_faults=len(self._case.faults),
+    )  # fmt: skip
+    timed = []
+    for request in self._case.requests:
+      if request.arrival_s is not None:
+        timed.append(request)
+      else:
+        self._accept(request)
+    self._timed.extend(sorted(timed, key=lambda r: r.arrival_s or 0.0))
+
+  def _accept(self, request: Request) -> bool:
+    """Takes a request on, or sheds it with the reason."""
+    name, prompt = request.request_id, request.prompt
+    reason = refusal(
+      len(prompt), request.max_new_tokens,
+      int(self._case.options.get("max_len", 512)), 1 << 31, prompt,
+    )  # fmt: skip
+    if reason is not None:
+      self._write("shed", self._now(), request_id=name, reason=reason)
+      self._answers[name] = Answer(request, [], f"shed: {reason}")
+      return False
+    self._answers[name] = Answer(request)
+    self._write(
+      "accepted", self._now(), request_id=name, prompt_tokens=list(prompt),
+      max_new_tokens=request.max_new_tokens, retry_of=request.retry_of,
+    )  # fmt: skip
+    return True
+
+  def _send(self, answer: Answer) -> None:
+    self._channel.send(
+      {"request": request_to_json(answer.request), "tokens": answer.tokens}
+    )
+
+  def _send_due(self) -> None:
+    """Timed arrivals whose moment has come; closes the intake at the end."""
+    while self._timed and (self._timed[0].arrival_s or 0) <= self._now():
+      request = self._timed.popleft()
+      if self._accept(request):
+        self._send(self._answers[request.request_id])
+    if not self._timed and not self._closing and self._all_answered():
+      self._closing = True
+      self._channel.send({"close": True})
+
+  def _all_answered(self) -> bool:
+    return all(a.reason for a in self._answers.values())
+
+  # -- the engine
+
+  def _spawn(self, fresh: Message) -> None:
+    """Starts an engine process and hands it what is unanswered."""
+    ours, theirs = socket.socketpair()
+    fd = theirs.fileno()
+    spawned = time.monotonic()
+    log = self._scratch.parent / ENGINE_LOG
+    with log.open("a") as stderr:
+      self._engine = subprocess.Popen(
+        [sys.executable, "-m", "resilient_moe.runtime.engine", str(fd)],
+        pass_fds=[fd], stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
+        env={**os.environ, **_environment(self._case)},
+      )  # fmt: skip
+    theirs.close()
+    self._closing = False
+    self._channel = Channel(ours)
+    self._channel.send({
+      "start_s": self._start_s, "spawned_s": spawned, "fresh": fresh,
+      "case": case_to_json(self._case), "scratch": str(self._scratch),
+    })  # fmt: skip
+    for answer in self._answers.values():
+      if not answer.reason:
+        self._send(answer)
+
+  def _control(self, message: Message) -> None:
+    if message["control"] == "error":
+      raise RunFailed(message["message"])
+    if message["control"] == "done":
+      self._done = True
+      return
+    # The rest of the old engine's words come before it is replaced.
+    assert self._engine is not None
+    self._engine.wait()
+    while not self._channel.closed:
+      for event in self._channel.receive(None):
+        self._event(event)
+    self._channel.close()
+    self._spawn(message["fresh"])
+
+  def _check_engine(self) -> None:
+    assert self._engine is not None
+    status = self._engine.wait()
+    log = self._scratch.parent / ENGINE_LOG
+    lines = log.read_text().strip().splitlines() or ["it said nothing"]
+    raise RunFailed(
+      f"the engine of policy {self._case.policy!r} ended with status "
+      f"{status}: {lines[-1]} (see {ENGINE_LOG})"
+    )
+
+  def _event(self, message: Message) -> None:
+    """Tokens leave here: an engine's event enters the history."""
+    event = message.pop("event")
+    self._write(event, message.pop("t"), **message)
+    if event == "step":
+      for name, _, token in message["emitted"]:
+        self._answers[name].tokens.append(token)
+    elif event == "finished":
+      self._answers[message["request_id"]].reason = message["reason"]
+    elif event == "failed":
+      self._retry(message["request_id"], message["reason"])
+
+  def _retry(self, name: str, reason: str) -> None:
+    """The client sends a failed request again, from the start."""
+    failed = self._answers[name]
+    failed.reason = f"failed: {reason}"
+    root, _, attempt = name.partition("~")
+    again = dataclasses.replace(
+      failed.request, request_id=f"{root}~{int(attempt or 0) + 1}",
+      retry_of=name, arrival_step=0, arrival_s=None,
+    )  # fmt: skip
+    if self._accept(again):
+      self._send(self._answers[again.request_id])
+
+  def _now(self) -> float:
+    return time.monotonic() - self._start_s
+
+  def _write(self, event: str, t: float, **fields: Any) -> None:
+    self._history.write(event, t, **fields)
+    self._progress({"event": event, "t": t, **fields})
+
+
+def _environment(case: Case) -> dict[str, str]:
+  """The emulated runtime's devices are the CPU's."""
+  return {"JAX_PLATFORMS": "cpu"} if case.runtime == "emulated" else {}
+
+
+def case_to_json(case: Case) -> Message:
+  """A case as plain data; its requests are sent by themselves."""
+  fields = dict(vars(case))
+  fields.pop("requests")
+  faults = [
+    {k: v for k, v in dataclasses.asdict(f).items() if v is not None}
+    for f in case.faults
+  ]
+  n_ranks = case.ranks + make_policy(case).spares
+  options, kwargs = dict(case.options), dict(case.policy_kwargs)
+  return {
+    **fields, "faults": faults, "n_ranks": n_ranks, "options": options,
+    "policy_kwargs": kwargs,
+  }  # fmt: skip

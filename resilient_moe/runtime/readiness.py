@@ -1,0 +1,121 @@
+"""Meshes made ready in peacetime, behind traffic.
+
+Ready means that every program a recovery touches has run once on the mesh.
+The compiling is done by a process of low priority, once per mesh size; what
+is left for the serving process is to load each mesh's programs (milliseconds)
+and to run them once on idle rows, one program between two steps.
+"""
+
+import collections
+import pathlib
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+
+from resilient_moe.mesh import ahead
+from resilient_moe.mesh.executables import Executables, write_shape
+from resilient_moe.recovery import mesh_named
+
+Name = frozenset[int]
+RunOnce = Callable[[tuple[int, ...], int], None]  # (mesh, chunk width)
+
+
+class Readiness:
+  """The meshes that are still to be made ready."""
+
+  def __init__(
+    self,
+    executables: Executables,
+    folder: pathlib.Path,
+    n_devices: int,
+    run_once: RunOnce,
+    report: Callable[[Name, float], None],
+  ) -> None:
+    """`report` is called with each mesh's name and its seconds."""
+    self._executables = executables
+    self._folder = folder
+    self._n_devices = n_devices
+    self._run_once = run_once
+    self._report = report
+    self._todo: collections.deque[tuple[Name, tuple[int, ...]]] = (
+      collections.deque()
+    )
+    self._left: list[int] = []  # widths of the mesh at hand
+    self._seconds = 0.0
+    self._run = True
+    self._compiler: subprocess.Popen | None = None
+    self._sizes: set[int] = set()
+
+  def want(
+    self, launched: tuple[int, ...], names: Iterable[Name], run: bool = True
+  ) -> None:
+    """Adds meshes to make ready; starts compiling for sizes that lack it.
+
+    `run=False`: only stored on disk, for a restart.
+    """
+    self._run = run
+    for name in names:
+      mesh = tuple(int(r) for r in mesh_named(launched, name))
+      self._todo.append((name, mesh))
+      self._sizes.add(len(mesh))
+    self._start_compiler()
+
+  def drop_rank(self, rank: int) -> None:
+    """Meshes with a lost rank will never be needed."""
+    kept = [(n, m) for n, m in self._todo if rank not in m]
+    self._todo, self._left = collections.deque(kept), []
+
+  @property
+  def done(self) -> bool:
+    return not self._todo
+
+  @property
+  def working(self) -> bool:
+    """Whether `step` has something to run at once."""
+    return bool(self._todo) and self._compiled(len(self._todo[0][1]))
+
+  def _start_compiler(self) -> None:
+    if self._compiler is not None and self._compiler.poll() is None:
+      return
+    sizes = [s for s in sorted(self._sizes) if not self._compiled(s)]
+    if sizes:
+      write_shape(self._executables.shape, self._folder / ahead.SHAPE_FILE)
+      self._compiler = ahead.start(self._folder, self._n_devices, sizes)
+
+  def _compiled(self, size: int) -> bool:
+    chunks = self._executables.shape.chunks()
+    return all(self._executables.available(c, size) for c in chunks)
+
+  def step(self) -> None:
+    """One program of one mesh, if it is compiled; else nothing."""
+    if not self._todo:
+      return
+    name, mesh = self._todo[0]
+    if not self._left:
+      if not self._compiled(len(mesh)):
+        self._check_compiler()
+        return
+      self._left = list(self._executables.shape.chunks())
+    start, width = time.monotonic(), self._left.pop()
+    if self._run:
+      self._run_once(mesh, width)
+    self._seconds += time.monotonic() - start
+    if not self._left:
+      self._todo.popleft()
+      self._report(name, self._seconds)
+      self._seconds = 0.0
+
+  def _check_compiler(self) -> None:
+    """A compiler that died leaves nothing to wait for: say so."""
+    if self._compiler is None:
+      self._start_compiler()
+    elif code := self._compiler.poll():
+      raise RuntimeError(f"compiling ahead of time failed with status {code}")
+    elif code == 0:
+      self._start_compiler()
+
+  def close(self) -> None:
+    """Ends the compiler process."""
+    if self._compiler is not None:
+      self._compiler.kill()
+      self._compiler.wait()

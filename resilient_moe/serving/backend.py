@@ -1,0 +1,67 @@
+"""What the serve loop asks of a backend: three duties and a poll."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from resilient_moe.recovery.actions import Action
+from resilient_moe.recovery.failures import Failure
+from resilient_moe.recovery.view import ClusterView
+from resilient_moe.serving.scheduler import StepBatch
+
+
+class StepAborted(Exception):
+  """The step failed on somebody: nothing of it counts. `poll` says why."""
+
+
+class Placed(NamedTuple):
+  """A request whose KV a backend puts into a row."""
+
+  request_id: str
+  from_rank: int  # where it sat; -1: nowhere
+  from_row: int
+  rank: int
+  row: int
+  live_tokens: int  # positions its old row holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What executing an action came to."""
+
+  detail: str = "done"  # for the history: warm, stored, compiled, ...
+  nbytes: int = 0  # bytes moved
+  tier: str = ""  # where they came from
+  restored: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  # request -> positions of KV that its new row holds
+
+
+class Backend(Protocol):
+  """One engine's devices: emulated, processes, or simulated."""
+
+  def view(self) -> ClusterView:
+    """What there is, as facts; without the requests, which the loop knows."""
+
+  def checkpoints(self) -> Mapping[str, tuple[int, int]]:
+    """Request -> (positions committed, rank that holds them; -1: host)."""
+
+  def step(self, batch: StepBatch) -> np.ndarray:
+    """Computes, waits, agrees, commits: sampled tokens [R, B + 1] int32.
+
+    Raises:
+      StepAborted: the step doesn't count; no state has changed.
+    """
+
+  def execute(self, action: Action, placed: tuple[Placed, ...]) -> Outcome:
+    """Does an action on real arrays."""
+
+  def poll(self, recovery_actions: int | None = None) -> tuple[Failure, ...]:
+    """Failures detected since the last poll; a moment for background work.
+
+    `recovery_actions`: how many actions of the present recovery are done.
+    """
+
+  def background_done(self) -> bool:
+    """Whether nothing is left to do behind traffic."""

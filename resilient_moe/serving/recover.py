@@ -1,0 +1,231 @@
+"""Carries a plan out: one action after the other, on any backend.
+
+A failure on the way abandons the rest and asks the policy again with the view
+as it then is (DESIGN 4: a plan is never resumed, only replaced).
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+
+from resilient_moe.recovery.actions import (
+  Action,
+  CopyExperts,
+  FailRequests,
+  RecomputePrefix,
+  Requeue,
+  RestartInstance,
+  RestoreKV,
+)
+from resilient_moe.recovery.explain import explain
+from resilient_moe.recovery.failures import Failure, RanksLost
+from resilient_moe.recovery.plan import Plan, ordered
+from resilient_moe.recovery.policy import (
+  Infeasible,
+  RecoveryPolicy,
+  recover_checked,
+)
+from resilient_moe.recovery.view import ClusterView
+from resilient_moe.serving.backend import Backend, Outcome, Placed
+from resilient_moe.serving.state import (
+  SchedulerState,
+  drop,
+  place,
+  request_table,
+  unplace,
+  with_ranks,
+)
+
+Record = Callable[..., None]  # report.Recorder.write
+
+
+class Unrecoverable(Exception):
+  """No policy in line can recover; the run ends with its reason."""
+
+
+class EngineRestart(Exception):
+  """The plan ends this engine: whoever hosts it starts a fresh one."""
+
+  def __init__(self, action: RestartInstance, state: SchedulerState):
+    super().__init__(explain(action))
+    self.action = action
+    self.state = state
+
+
+@dataclasses.dataclass
+class Recovery:
+  """The recovery side of a serve loop: its policy and what is left to repair."""
+
+  policy: RecoveryPolicy
+  backend: Backend
+  record: Record
+  repair: collections.deque[Action] = dataclasses.field(
+    default_factory=collections.deque
+  )
+  repairing: bool = False
+
+  def view(self, state: SchedulerState) -> ClusterView:
+    """The world as a policy sees it."""
+    table = request_table(state, self.backend.checkpoints())
+    return dataclasses.replace(self.backend.view(), requests=table)
+
+  def handle(
+    self, state: SchedulerState, failures: Iterable[Failure]
+  ) -> SchedulerState:
+    """Recovers from failures, and from those that come meanwhile."""
+    pending = collections.deque(failures)
+    while pending:
+      failure = _merge(pending)
+      self._report(failure)
+      plan = self._plan(state, failure)
+      if plan is None:
+        continue
+      self.repair = collections.deque(_fine(ordered(plan.repair)))
+      self.repairing = True
+      state, more = self._resume(state, plan)
+      pending.extend(more)
+      if not more:
+        epoch = self.backend.view().epoch
+        self.record("resumed", epoch=epoch, paused=list(plan.paused))
+    return state
+
+  def repair_step(self, state: SchedulerState) -> SchedulerState:
+    """One action of the repair, behind traffic."""
+    if self.repair:
+      state = self._carry_out("repair", self.repair.popleft(), state)
+    if self.repairing and not self.repair:
+      self.repairing = False
+      self.record("redundancy", full=True, epoch=self.backend.view().epoch)
+    return state
+
+  def _report(self, failure: Failure) -> None:
+    named = getattr(failure, "ranks", None) or (failure.rank,)  # type: ignore
+    self.record(
+      "failure", kind=type(failure).__name__, ranks=list(named),
+      epoch=self.backend.view().epoch,
+    )  # fmt: skip
+
+  def _plan(self, state: SchedulerState, failure: Failure) -> Plan | None:
+    start = time.monotonic()
+    view = self.view(state)
+    plan = recover_checked(self.policy, view, failure)
+    name = self.policy.name
+    if isinstance(plan, Infeasible):
+      self.record("infeasible", policy=name, reason=plan.reason)
+      if isinstance(failure, RanksLost):
+        raise Unrecoverable(
+          f"policy {name!r} can't recover from the loss of rank(s) "
+          f"{list(failure.ranks)}: {plan.reason}"
+        )
+      return None
+    self.record(
+      "plan", policy=name, epoch=view.epoch, paused=list(plan.paused),
+      resume=[explain(a) for a in ordered(plan.resume)],
+      repair=[explain(a) for a in ordered(plan.repair)],
+      seconds=time.monotonic() - start,
+    )  # fmt: skip
+    return plan
+
+  def _resume(
+    self, state: SchedulerState, plan: Plan
+  ) -> tuple[SchedulerState, tuple[Failure, ...]]:
+    for done, action in enumerate(ordered(plan.resume), start=1):
+      state = self._carry_out("resume", action, state)
+      if failures := self.backend.poll(recovery_actions=done):
+        return state, failures
+    return state, ()
+
+  def _carry_out(
+    self, part: str, action: Action, state: SchedulerState
+  ) -> SchedulerState:
+    start = time.monotonic()
+    state, outcome = carry_out(action, state, self.backend, self.record)
+    self.record(
+      "action", part=part, name=type(action).__name__,
+      explain=explain(action), seconds=time.monotonic() - start,
+      bytes=outcome.nbytes, tier=outcome.tier, outcome=outcome.detail,
+    )  # fmt: skip
+    return state
+
+
+def carry_out(
+  action: Action, state: SchedulerState, backend: Backend, record: Record
+) -> tuple[SchedulerState, Outcome]:
+  """Does one action on the backend and on the scheduler's state."""
+  if isinstance(action, RestartInstance):
+    raise EngineRestart(action, state)
+  if isinstance(action, RestoreKV | RecomputePrefix):
+    return _place(action, state, backend, record)
+  if isinstance(action, Requeue):
+    state = unplace(state, action.requests)
+    _moved(record, "requeue", action.requests, 0, 0)
+    return state, Outcome(f"{len(action.requests)} requests")
+  if isinstance(action, FailRequests):
+    for name in action.requests:
+      record("failed", request_id=name, reason="rank lost")
+    state = drop(state, action.requests)
+    return state, Outcome(f"{len(action.requests)} requests")
+  outcome = backend.execute(action, ())
+  view = backend.view()
+  return with_ranks(state, view.mesh, view.rows_per_rank), outcome
+
+
+def _place(
+  action: RestoreKV | RecomputePrefix,
+  state: SchedulerState,
+  backend: Backend,
+  record: Record,
+) -> tuple[SchedulerState, Outcome]:
+  """Requests into rows of their new ranks, with the KV that can be had."""
+  before = {n: state.sequences[n] for n in action.requests}
+  for name, rank in zip(action.requests, action.to, strict=True):
+    state = place(state, name, rank, 0)
+  placed = tuple(
+    Placed(
+      n, before[n].rank, before[n].row, state.sequences[n].rank,
+      state.sequences[n].row, before[n].computed,
+    )
+    for n in action.requests
+  )  # fmt: skip
+  outcome = backend.execute(action, placed)
+  sequences = dict(state.sequences)
+  for name in action.requests:
+    held = min(outcome.restored.get(name, 0), sequences[name].known - 1)
+    sequences[name] = dataclasses.replace(sequences[name], computed=held)
+  state = dataclasses.replace(state, sequences=sequences)
+  again = sum(
+    sequences[n].known - 1 - sequences[n].computed for n in action.requests
+  )
+  kind = "restore" if isinstance(action, RestoreKV) else "recompute"
+  _moved(record, kind, action.requests, again, outcome.nbytes)
+  return state, outcome
+
+
+def _moved(
+  record: Record, kind: str, names: tuple[str, ...], tokens: int, nbytes: int
+) -> None:
+  record(
+    "requests_moved", kind=kind, request_ids=list(names), tokens=tokens,
+    bytes=nbytes,
+  )  # fmt: skip
+
+
+def _merge(pending: collections.deque[Failure]) -> Failure:
+  """The next failure; losses reported together are one failure."""
+  lost = [f for f in pending if isinstance(f, RanksLost)]
+  if not lost:
+    return pending.popleft()
+  for failure in lost:
+    pending.remove(failure)
+  return RanksLost(tuple(sorted({r for f in lost for r in f.ranks})))
+
+
+def _fine(actions: tuple[Action, ...]) -> Iterable[Action]:
+  """Repairs in small bites, so that no step waits for a long copy."""
+  for action in actions:
+    if isinstance(action, CopyExperts):
+      for move in action.moves:
+        yield CopyExperts((move,), action.tier)
+    else:
+      yield action

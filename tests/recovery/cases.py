@@ -1,0 +1,75 @@
+"""What the tests of recovery share: views, failures, comparisons."""
+
+import dataclasses
+
+import numpy as np
+
+from resilient_moe import recovery as rm
+
+# ranks, experts, hosts and racks: square, uneven, tiny, several domains.
+SIZES = {
+  "8x16": {"ranks": 8, "experts": 16},
+  "3x7": {"ranks": 3, "experts": 7},
+  "2x4": {"ranks": 2, "experts": 4},
+  "12x8-hosts": {
+    "ranks": 12,
+    "experts": 8,
+    "ranks_per_host": 4,
+    "hosts_per_rack": 2,
+  },
+  "16x64-racks": {
+    "ranks": 16,
+    "experts": 64,
+    "ranks_per_host": 2,
+    "hosts_per_rack": 4,
+  },
+}
+
+
+def serving(policy: rm.RecoveryPolicy, size: str, requests: int = 0):
+  """The view in mid-decode that `policy` has prepared; 2 requests a rank."""
+  kwargs = SIZES[size]
+  view = rm.bare_view(spares=policy.spares, **kwargs)
+  return rm.start(policy, view, requests or 2 * kwargs["ranks"])
+
+
+def failures(view: rm.ClusterView) -> dict[str, rm.Failure]:
+  """One of each kind, and several ranks at once."""
+  last = int(view.mesh[-1])
+  cases: dict[str, rm.Failure] = {
+    "first": rm.RanksLost((0,)),
+    "last": rm.RanksLost((last,)),
+    "leaving": rm.RanksLeaving((1,), 2.0),
+    "slow": rm.Straggler(0, 4.0),
+  }
+  if len(view.mesh) > 2:
+    cases["two"] = rm.RanksLost((0, last))
+  if len(view.status) > len(view.mesh):
+    cases["spare"] = rm.RanksLost((len(view.status) - 1,))
+  return cases
+
+
+def after(view: rm.ClusterView, failure: rm.Failure) -> rm.ClusterView:
+  """Ground truth: what is left when `failure` is reported."""
+  if isinstance(failure, rm.RanksLost):
+    return rm.lose(view, failure.ranks)
+  return view
+
+
+def frozen(value: object) -> object:
+  """A value that compares equal if the arrays inside are equal."""
+  if isinstance(value, np.ndarray):
+    return (value.dtype.str, value.shape, value.tobytes())
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    fields = dataclasses.fields(value)
+    inside = (frozen(getattr(value, f.name)) for f in fields)
+    return (type(value).__name__, *inside)
+  if isinstance(value, tuple):
+    return tuple(frozen(item) for item in value)
+  return value
+
+
+def held(view: rm.ClusterView, expert: int) -> set[int]:
+  """The ranks whose memory can be read and holds `expert`."""
+  holders = (view.slots == expert).any(axis=1) & view.alive()
+  return set(np.flatnonzero(holders).tolist())

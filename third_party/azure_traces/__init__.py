@@ -1,0 +1,5 @@
+"""Azure's public traces of requests to language models."""
+
+from third_party.azure_traces.reader import FILES, Record, read
+
+__all__ = ["FILES", "Record", "read"]
