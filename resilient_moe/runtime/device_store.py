@@ -84,6 +84,10 @@ class DeviceStore:
       array.delete()
     self._lost.add(rank)
 
+  def holds(self, rank: int) -> bool:
+    """Whether the rank's memory is there."""
+    return rank in self._cache
+
   def _check(self, rank: int) -> None:
     if rank in self._lost or rank not in self._cache:
       raise LostRankError(f"rank {rank} is gone: its memory can't be used")

@@ -23,7 +23,7 @@ from resilient_moe.recovery import (
   Straggler,
 )
 from resilient_moe.recovery.actions import Action
-from resilient_moe.recovery.view import ClusterView, Status
+from resilient_moe.recovery.view import ClusterView
 from resilient_moe.runtime.device_store import DeviceStore
 from resilient_moe.runtime.execute import EXECUTE
 from resilient_moe.runtime.facts import Facts
@@ -226,8 +226,7 @@ class EmulatedBackend:
 
   def _lose(self, ranks: tuple[int, ...]) -> bool:
     """Deletes the ranks' memory; whether a member of the mesh is among them."""
-    view = self.facts.view
-    gone = [r for r in ranks if view.status[r] != Status.LOST]
+    gone = [r for r in ranks if self.store.holds(r)]
     member = bool(set(gone) & set(self.facts.mesh))
     for rank in gone:
       self.store.lose(rank)

@@ -27,7 +27,7 @@ Places = tuple[Placed, ...]
 
 def _fence(b: EmulatedBackend, action: act.Fence, _: Places) -> Outcome:
   gone = set(action.ranks)
-  drained = [r for r in gone if b.facts.view.alive()[r]]
+  drained = [r for r in gone if b.store.holds(r)]
   for rank in drained:
     b.store.lose(rank)
     b.readiness.drop_rank(rank)
