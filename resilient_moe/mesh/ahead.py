@@ -7,6 +7,7 @@ cores with it (`jax_facts.md`, "Compilation": decode slows by half beside a
 compiling thread, by 2% beside a nice process).
 """
 
+import concurrent.futures
 import os
 import pathlib
 import subprocess
@@ -36,9 +37,9 @@ def main(store: pathlib.Path, n_devices: int, sizes: list[int]) -> None:
 
   shape = read_shape(store / SHAPE_FILE)
   executables = Executables(shape, store)
-  for size in sizes:
-    for chunk in shape.chunks():
-      executables.compile_for(chunk, jax.devices()[:size])
+  jobs = [(c, jax.devices()[:s]) for s in sizes for c in shape.chunks()]
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    list(pool.map(lambda job: executables.compile_for(*job), jobs))
 
 
 if __name__ == "__main__":

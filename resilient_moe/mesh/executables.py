@@ -130,8 +130,8 @@ class Executables:
     compiled: jax.stages.Compiled,
     devices: Sequence[jax.Device],
   ) -> None:
-    self._portable[name] = relocate.serialize(compiled, devices)
     if self._folder is not None:
+      self._portable[name] = relocate.serialize(compiled, devices)
       # Renamed into place, so that a reader never sees half a file.
       partial = self._folder / f".{name}.{time.monotonic_ns()}"
       partial.write_bytes(self._portable[name].to_bytes())

@@ -36,7 +36,7 @@ def _plan(slots: jax.Array, n_slots: int, block: int) -> tuple:
 def _rows_of(i: Any, plan: tuple, block: int) -> tuple[jax.Array, jax.Array]:
   """The slot of block `i` and its rows [block]; M stands for "no row"."""
   order, row_start, row_end, block_start, block_ends = plan
-  slot = jnp.searchsorted(block_ends, i, side="right").astype(jnp.int32)
+  slot = (block_ends <= i).sum().astype(jnp.int32)
   slot = jnp.minimum(slot, row_end.shape[0] - 1)
   at = row_start[slot] + (i - block_start[slot]) * block
   at = at + jnp.arange(block, dtype=jnp.int32)

@@ -106,10 +106,12 @@ def _copy_lost(
   moves = assign(view, lost_experts(view) if lost is None else lost)
   if isinstance(moves, str):
     return Infeasible(moves)
+  if not moves and (view.table.copies() > 0).all():
+    return ()  # everything is served
   copies = copies_from(view, moves)
   if isinstance(copies, str):
     return Infeasible(copies)
   table = retable(view, moves)
   if not moves and np.array_equal(table.entries, view.table.entries):
-    return ()
+    return ()  # what isn't served is masked
   return (*copies, act.RemapExperts(table))

@@ -27,11 +27,15 @@ from resilient_moe.recovery import (
   lose,
   stand,
 )
+from resilient_moe.report import Recorder
 from resilient_moe.runtime.case import Case, make_policy
-from resilient_moe.runtime.channel import ChannelRecorder
 from resilient_moe.runtime.device_store import DeviceStore
 from resilient_moe.runtime.emulated import EmulatedBackend
 from resilient_moe.runtime.execute import canary
+from resilient_moe.runtime.logical_store import (
+  LogicalExecutables,
+  LogicalStore,
+)
 from resilient_moe.runtime.kv_checkpoint import KVCheckpointer
 from resilient_moe.runtime.readiness import Readiness
 from resilient_moe.runtime.weights import WeightTiers, tree_bytes
@@ -102,7 +106,7 @@ def assemble(
   fresh: Fresh,
   devices: Sequence[jax.Device],
   scratch: pathlib.Path,
-  recorder: ChannelRecorder,
+  recorder: Recorder,
 ) -> EmulatedBackend:
   """An engine ready to serve; each stage is recorded with its seconds."""
   stage = _Stages(recorder, fresh.generation)
@@ -111,27 +115,38 @@ def assemble(
   # A cold restart finds no store; executables belong to one run.
   cold = fresh.generation and not fresh.cache
   folder = scratch / (f"cold{fresh.generation}" if cold else "executables")
-  executables = Executables(plans.shape, folder)
+  logical = case.runtime == "logical"
+  kind = LogicalExecutables if logical else Executables
+  executables = kind(plans.shape, None if logical else folder)
   mesh = tuple(plans.view.mesh.tolist())
+  readiness = Readiness(executables, folder, len(devices), recorder.write)
+  if not fresh.generation and case.wait_ready:
+    # Traffic waits for it, so it may as well share the cores from the start.
+    _want(readiness, plans)
   _fetch(executables, plans.shape, [devices[r] for r in mesh])
   stage.done("executables")
-  store = DeviceStore(plans.shape, devices, executables)
+  make = LogicalStore if logical else DeviceStore
+  store = make(plans.shape, devices, executables)
   for rank in np.flatnonzero(plans.view.alive()).tolist():
     held = plans.view.slots[rank].tolist()
     trees = [weights.expert(e) if e >= 0 else None for e in held]
     store.add(rank, weights.dense, trees)
   store.wait()
   stage.done("placing")
-  backend = _backend(case, plans, fresh, store, weights, folder, recorder)
+  backend = _backend(
+    case, plans, fresh, store, weights, readiness, recorder
+  )
   _warm(backend)
   stage.done("first_step")
+  if not fresh.generation and not case.wait_ready:
+    _want(readiness, plans)
   return backend
 
 
 class _Stages:
   """Records how long each stage of a start took."""
 
-  def __init__(self, recorder: ChannelRecorder, generation: int) -> None:
+  def __init__(self, recorder: Recorder, generation: int) -> None:
     self._recorder, self._generation = recorder, generation
     self._since = time.monotonic()
 
@@ -160,10 +175,10 @@ def _backend(
   case: Case,
   plans: Plans,
   fresh: Fresh,
-  store: DeviceStore,
+  store: DeviceStore | LogicalStore,
   weights: WeightTiers,
-  folder: pathlib.Path,
-  recorder: ChannelRecorder,
+  readiness: Readiness,
+  recorder: Recorder,
 ) -> EmulatedBackend:
   standing = plans.standing
   if not standing.host_weights:
@@ -175,23 +190,20 @@ def _backend(
   if fresh.injector:
     n = case.ranks + plans.policy.spares
     injector = Injector.from_json(fresh.injector, n)
-  backend: EmulatedBackend
-  readiness = Readiness(
-    store.executables, folder, len(store.devices),
-    lambda mesh, width: backend.run_once(mesh, width),
-    lambda name, seconds: backend.mesh_ready(name, seconds),
-  )  # fmt: skip
-  backend = EmulatedBackend(
+  return EmulatedBackend(
     plans.view, standing, store, weights, checkpointer, readiness, injector,
     recorder.write, recorder.now_s,
   )  # fmt: skip
-  if not fresh.generation:
-    run = not standing.store_executables
-    readiness.want(plans.view.launched, standing.ready, run=run)
-  return backend
 
 
-def _checkpointer(plans: Plans, recorder: ChannelRecorder) -> KVCheckpointer:
+def _want(readiness: Readiness, plans: Plans) -> None:
+  """Which meshes to keep ready is the policy's choice."""
+  standing = plans.standing
+  run = not standing.store_executables
+  readiness.want(plans.view.launched, standing.ready, run=run)
+
+
+def _checkpointer(plans: Plans, recorder: Recorder) -> KVCheckpointer:
   n_layers, _, rows, heads, length, d = cache_shape(
     plans.config, plans.shape.options
   )

@@ -28,6 +28,7 @@ from resilient_moe.runtime.device_store import DeviceStore
 from resilient_moe.runtime.execute import EXECUTE
 from resilient_moe.runtime.facts import Facts
 from resilient_moe.runtime.kv_checkpoint import KVCheckpointer
+from resilient_moe.runtime.logical_store import LogicalStore
 from resilient_moe.runtime.readiness import Readiness
 from resilient_moe.runtime.weights import WeightTiers
 from resilient_moe.serving.backend import Outcome, Placed, StepAborted
@@ -53,7 +54,7 @@ class EmulatedBackend:
     self,
     view: ClusterView,
     standing: Standing,
-    store: DeviceStore,
+    store: DeviceStore | LogicalStore,
     weights: WeightTiers,
     checkpointer: KVCheckpointer | None,
     readiness: Readiness,
@@ -119,7 +120,7 @@ class EmulatedBackend:
       )  # fmt: skip
       self._strike(self.injector.poll(self._moment))
     elif not self._pending:
-      self.readiness.step()
+      self._make_ready()
       self._rebase_one()
     failures, self._pending = tuple(self._pending), []
     return failures
@@ -159,13 +160,13 @@ class EmulatedBackend:
       mesh, width, self.routing_of(np.array(mesh, np.int32))
     )
 
-  def mesh_ready(self, name: frozenset[int], seconds: float) -> None:
-    """A mesh's programs are stored, or have run once (see `Readiness`)."""
-    if self.standing.store_executables:
-      self.facts.stored(name)
-    else:
-      self.facts.ready(name, False)
-    self.record("mesh_ready", absent=sorted(name), seconds=seconds)
+  def _make_ready(self) -> None:
+    """One bite of the background work on ready meshes."""
+    done = self.readiness.step(self.run_once)
+    if done is not None and done.run:
+      self.facts.ready(done.name, False)
+    elif done is not None:
+      self.facts.stored(done.name)
 
   def announce(self) -> None:
     view = self.facts.view
@@ -184,7 +185,7 @@ class EmulatedBackend:
   def wait_ready(self) -> None:
     """Blocks until every mesh that the policy wants is ready."""
     while not self.readiness.done:
-      self.readiness.step()
+      self._make_ready()
       if not self.readiness.working:
         time.sleep(WAIT_S)
 

@@ -126,6 +126,8 @@ def _devices(case: Case, fresh: Any) -> list:
   n = case.ranks + make_policy(case).spares
   if os.environ.get(SHARED_CACHE) != "1":
     jax.config.update("jax_enable_compilation_cache", False)
+  if case.runtime == "logical":
+    return jax.devices()[:1] * n
   jax.config.update("jax_num_cpu_devices", n)
   devices = jax.devices()
   if len(devices) < n:

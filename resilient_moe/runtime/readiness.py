@@ -11,13 +11,22 @@ import pathlib
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from resilient_moe.mesh import ahead
 from resilient_moe.mesh.executables import Executables, write_shape
 from resilient_moe.recovery import mesh_named
 
 Name = frozenset[int]
+Record = Callable[..., None]  # report.Recorder.write
 RunOnce = Callable[[tuple[int, ...], int], None]  # (mesh, chunk width)
+
+
+class Done(NamedTuple):
+  """A mesh that is ready, or (`run=False`) stored on disk."""
+
+  name: Name
+  run: bool
 
 
 class Readiness:
@@ -28,15 +37,12 @@ class Readiness:
     executables: Executables,
     folder: pathlib.Path,
     n_devices: int,
-    run_once: RunOnce,
-    report: Callable[[Name, float], None],
+    record: Record,
   ) -> None:
-    """`report` is called with each mesh's name and its seconds."""
     self._executables = executables
     self._folder = folder
     self._n_devices = n_devices
-    self._run_once = run_once
-    self._report = report
+    self._record = record
     self._todo: collections.deque[tuple[Name, tuple[int, ...]]] = (
       collections.deque()
     )
@@ -86,24 +92,29 @@ class Readiness:
     chunks = self._executables.shape.chunks()
     return all(self._executables.available(c, size) for c in chunks)
 
-  def step(self) -> None:
-    """One program of one mesh, if it is compiled; else nothing."""
+  def step(self, run_once: RunOnce) -> Done | None:
+    """One program of one mesh, if it is compiled; else nothing.
+
+    Returns the mesh that this made ready, if it was its last program.
+    """
     if not self._todo:
-      return
+      return None
     name, mesh = self._todo[0]
     if not self._left:
       if not self._compiled(len(mesh)):
         self._check_compiler()
-        return
+        return None
       self._left = list(self._executables.shape.chunks())
     start, width = time.monotonic(), self._left.pop()
     if self._run:
-      self._run_once(mesh, width)
+      run_once(mesh, width)
     self._seconds += time.monotonic() - start
-    if not self._left:
-      self._todo.popleft()
-      self._report(name, self._seconds)
-      self._seconds = 0.0
+    if self._left:
+      return None
+    self._todo.popleft()
+    self._record("mesh_ready", absent=sorted(name), seconds=self._seconds)
+    self._seconds = 0.0
+    return Done(name, self._run)
 
   def _check_compiler(self) -> None:
     """A compiler that died leaves nothing to wait for: say so."""

@@ -1,30 +1,16 @@
 """What each shipped policy promises in its docstring."""
 
+import dataclasses
 import importlib
 
 import numpy as np
 import pytest
 
 from resilient_moe import recovery as rm
+from tests.policies.ask import kinds, only, recovered
 from tests.recovery import cases
 
 LOST = rm.RanksLost((3,))
-
-
-def recovered(name, failure=LOST, size="8x16", requests=0, **kwargs):
-  """The view at the failure, and the plan."""
-  policy = rm.load(name, **kwargs)
-  view = cases.serving(policy, size, requests)
-  view = cases.after(view, failure)
-  return view, rm.recover_checked(policy, view, failure)
-
-
-def kinds(actions):
-  return [type(a) for a in actions]
-
-
-def only(actions, kind):
-  return [a for a in actions if isinstance(a, kind)]
 
 
 @pytest.mark.parametrize("name", rm.policy_names())
@@ -96,6 +82,13 @@ def test_replicas_are_promoted_without_a_copy(shadows):
   assert (served == (1 if shadows else 2)).all()
 
 
+def test_shadows_serve_nothing_in_peacetime():
+  view = cases.serving(rm.load("replica_promotion", shadows=True), "8x16")
+  assert (view.slots >= 0).sum() == 32
+  serving = np.bincount(view.table.entries[:, :, 0].ravel(), minlength=8)
+  assert serving.tolist() == [2] * 8, "the first copies serve, balanced"
+
+
 def test_only_experts_without_a_replica_are_copied():
   _, plan = recovered("replica_promotion", replicas=7)
   (copy,) = only(plan.resume, rm.CopyExperts)
@@ -119,6 +112,49 @@ def test_a_checkpoint_that_died_too_falls_back_to_prefill():
   assert again.requests == ("r0003", "r0011")  # held by rank 4
   after = rm.advance_all(view, rm.ordered(plan.resume))
   assert (after.requests.rank >= 0).all()
+
+
+def changed(view, **columns):
+  """The view with other columns in its request table."""
+  arrays = {k: np.array(v, np.int32) for k, v in columns.items()}
+  requests = dataclasses.replace(view.requests, **arrays)
+  return dataclasses.replace(view, requests=requests)
+
+
+def test_a_checkpoint_that_was_not_begun_is_no_checkpoint():
+  policy = rm.load("kv_restore")
+  view = cases.serving(policy, "8x16")
+  kept = view.requests.checkpoint_tokens.copy()
+  kept[3] = 0  # admitted a moment ago: the neighbour has nothing yet
+  view = cases.after(changed(view, checkpoint_tokens=kept), LOST)
+  plan = rm.recover_checked(policy, view, LOST)
+  assert only(plan.resume, rm.RestoreKV)[0].requests == ("r0011",)
+  assert only(plan.resume, rm.RecomputePrefix)[0].requests == ("r0003",)
+
+
+def test_requests_left_without_kv_by_an_abandoned_plan_stay_and_get_it():
+  view = cases.serving(rm.load("kv_restore"), "8x16")
+  kv = view.requests.kv_tokens.copy()
+  kv[[0, 1]] = 0
+  bare = cases.after(changed(view, kv_tokens=kv), LOST)
+  plan = rm.recover_checked(rm.load("kv_restore"), bare, LOST)
+  (restore,) = only(plan.resume, rm.RestoreKV)
+  assert dict(zip(restore.requests, restore.to, strict=True)).items() >= {
+    ("r0000", 0),
+    ("r0001", 1),
+  }
+  plan = rm.recover_checked(rm.load("retry"), bare, LOST)
+  (again,) = only(plan.resume, rm.RecomputePrefix)
+  assert (again.requests, again.to) == (("r0000", "r0001"), (0, 1))
+
+
+@pytest.mark.parametrize("name", ["restart", "mesh_shrink", "kv_restore"])
+def test_who_was_lost_before_a_plan_was_abandoned_is_fenced_too(name):
+  policy = rm.load(name)
+  view = cases.after(cases.serving(policy, "8x16"), LOST)
+  second = rm.RanksLost((5,))
+  plan = rm.recover_checked(policy, cases.after(view, second), second)
+  assert plan.resume[0] == rm.Fence((3, 5))
 
 
 def test_masked_experts_come_back_behind_traffic():
@@ -159,59 +195,6 @@ def test_retry_fails_only_those_of_lost_ranks():
   assert len(after.requests.request_id) == 14
   _, plan = recovered("retry", rm.RanksLeaving((3,), 1.0))
   assert not only(plan.resume, rm.FailRequests)
-
-
-SURVIVORS = (
-  "mesh_shrink",
-  "replica_promotion",
-  "kv_restore",
-  "mask_experts",
-  "retry",
-  "spare",
-)
-
-
-@pytest.mark.parametrize("name", SURVIVORS)
-def test_a_warning_drains_the_rank_while_it_lives(name):
-  view, plan = recovered(name, rm.RanksLeaving((3,), 2.0))
-  for action in only(plan.resume, rm.CopyExperts):
-    assert action.tier == rm.Tier.PEER
-    assert {m.source for m in action.moves} == {3}
-  (hand_over,) = only(plan.resume, rm.RestoreKV)
-  assert hand_over.tier == rm.Tier.PEER
-  assert not only(plan.resume, rm.Fence)
-  assert plan.repair[0] == rm.Fence((3,))
-  after = rm.advance_all(view, rm.ordered(plan.resume))
-  live = np.array_equal(after.requests.kv_tokens, view.requests.kv_tokens)
-  assert live, "nothing is prefilled again"
-
-
-@pytest.mark.parametrize("name", SURVIVORS)
-def test_stragglers_are_tolerated_unless_asked(name):
-  slow = rm.Straggler(2, 4.0)
-  _, answer = recovered(name, slow)
-  assert "rank 2 is 4.0 times slower" in answer.reason
-  view, plan = recovered(name, slow, drain_stragglers=True)
-  after = rm.advance_all(view, rm.ordered(plan.resume))
-  assert 2 not in after.mesh
-
-
-def test_replacements_take_their_share_and_rejoin():
-  view, plan = recovered("mesh_shrink", rm.RanksLost((3, 5)), replace=True)
-  after = rm.advance_all(view, rm.ordered(plan.resume))
-  grown = rm.advance_all(after, rm.ordered(plan.repair))
-  assert grown.mesh.tolist() == list(range(8))
-  assert rm.servable(grown) is None
-  serving = np.bincount(grown.table.entries[:, :, 0].ravel(), minlength=8)
-  assert serving.tolist() == [2] * 8
-
-
-def test_rearming_makes_the_next_single_losses_ready():
-  view, plan = recovered("mesh_shrink", rearm=True)
-  after = rm.advance_all(view, rm.ordered(plan.resume))
-  repaired = rm.advance_all(after, rm.ordered(plan.repair))
-  for rank in repaired.mesh.tolist():
-    assert frozenset({3, rank}) in repaired.ready
 
 
 def test_the_cheapest_is_the_one_with_checkpointed_kv():

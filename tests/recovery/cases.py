@@ -73,3 +73,15 @@ def held(view: rm.ClusterView, expert: int) -> set[int]:
   """The ranks whose memory can be read and holds `expert`."""
   holders = (view.slots == expert).any(axis=1) & view.alive()
   return set(np.flatnonzero(holders).tolist())
+
+
+def start(policy="kv_restore", size="8x16"):
+  return serving(rm.load(policy), size)
+
+
+def shrunk(view, gone=3):
+  """The view without `gone`, executable fetched, experts still missing."""
+  left = tuple(r for r in view.mesh.tolist() if r != gone)
+  name = frozenset({gone})
+  actions = (rm.Fence((gone,)), rm.RebuildMesh(left), rm.FetchExecutable(name))
+  return rm.advance_all(view, actions)

@@ -47,6 +47,7 @@ SHAPES = [
   (16, 64, 4, 2),
   (3, 10, 1, 0),
   (2, 5, 0, 0),
+  (3, 9, 0, 0),  # the last copies find room only beside their own
 ]
 
 
@@ -153,6 +154,24 @@ def test_requests_go_where_rows_are_free():
   full = rm.lose(cases.serving(rm.load("mesh_shrink"), "8x16", 40), (3,))
   full = rm.advance(full, rm.RebuildMesh((0, 1, 2, 4, 5, 6, 7)))
   assert (rm.spread_requests(full, full.requests.on([3])) == -1).all()
+
+
+def test_requests_do_not_count_where_they_sit_now():
+  view = cases.serving(rm.load("none"), "2x4", requests=8)
+  assert (view.free_rows() == 0).all()
+  to = rm.spread_requests(view, view.requests.on([0]))
+  assert to.tolist() == [0, 0, 0, 0]
+
+
+def test_a_new_copy_goes_to_another_rack_though_others_are_emptier():
+  view = rm.bare_view(8, 8, ranks_per_host=2, hosts_per_rack=2)
+  slots = rm.place(view, 4).copy()
+  slots[4:, 1:3] = [[0, 1], [2, 3], [0, 1], [2, 3]]  # the other rack is full
+  slots[4:, 1:3][slots[4:, 1:3] == 0] = 7
+  table = rm.routing_table(slots, view.mesh, 8, 2)
+  view = rm.stand(view, rm.Standing(slots, table, 4))
+  (move,) = rm.replicate(view, np.array([0]))
+  assert view.rack[move.rank] != view.rack[0]
 
 
 def opcodes(policy, view, failure):

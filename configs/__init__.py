@@ -1,0 +1,1 @@
+"""Configs: one `ml_collections` file is the record of one experiment."""

@@ -1,0 +1,1 @@
+"""Launchers: train, run, sweep, bench, table, figures."""

@@ -1,0 +1,131 @@
+"""Measures what the project promises, as ratios within one run.
+
+  python -m experiments.bench --config=configs/bench.py --workdir=DIR \
+      [--config.only=stall,checkpoint] [--config.quick=True]
+
+Each benchmark prints a small table and writes DIR/<name>.json with its
+samples; the end is DIR/bench.md: target, measured, met.
+  stall       affected stall by action, beside a restart's stages
+  checkpoint  decode with KV checkpointing on against off
+  invariant   what row-invariant numerics cost
+  plan        planning at 10,240 ranks
+  cache       step time and bytes against unused cache
+  ready       decode while meshes are made ready
+  dispatch    all-to-all against all-gather
+  layout      slots against gathered pages
+  steps       where a decode step's host time goes
+
+Exit status: 0 (also where a target is missed: bench.md says so); 2 for bad
+input.
+"""
+
+import importlib
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags, logging
+from ml_collections import config_flags
+
+from experiments import bench_models as models
+from experiments import bench_record as record
+from experiments.provenance import provenance
+from resilient_moe.report.runs import write_text
+
+# What measures is `run(settings, workdir) -> Result` of a module.
+BENCHMARKS = {
+  name: f"experiments.bench_{name}"
+  for name in (
+    "plan",
+    "invariant",
+    "dispatch",
+    "layout",
+    "cache",
+    "steps",
+    "checkpoint",
+    "ready",
+    "stall",
+  )
+}
+
+_VALUES = flags.FlagValues()
+config_flags.DEFINE_config_file(
+  "config", "configs/bench.py", "Sizes.", flag_values=_VALUES
+)
+flags.DEFINE_string(
+  "workdir", None, "Where results go.", flag_values=_VALUES
+)
+
+
+def chosen(only: str | Sequence[str]) -> list[str]:
+  """The benchmarks that a config asks for, in our order.
+
+  Raises:
+    ValueError: one of them is unknown.
+  """
+  names = only.split(",") if isinstance(only, str) else list(only)
+  asked = [name.strip() for name in names if name.strip()]
+  for name in asked:
+    if name not in BENCHMARKS:
+      raise ValueError(
+        f"config.only: unknown benchmark {name!r}; choices: "
+        f"{', '.join(BENCHMARKS)}"
+      )
+  return [name for name in BENCHMARKS if not asked or name in asked]
+
+
+def run(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  argv: Sequence[str] = ("bench",),
+) -> list[record.Result]:
+  """Runs the chosen benchmarks; writes and prints what they found."""
+  settings, names = models.read(config), chosen(config.only)
+  workdir.mkdir(parents=True, exist_ok=True)
+  origin: dict[str, Any] = provenance(
+    "experiments.bench", argv, "emulated", settings.ranks
+  )
+  origin["config"] = config.to_dict()
+  results = []
+  for name in names:
+    start = time.monotonic()
+    result = importlib.import_module(BENCHMARKS[name]).run(settings, workdir)
+    results.append(result)
+    record.write(result, workdir, origin)
+    print(record.text(result))
+    print(f"({name}: {time.monotonic() - start:.0f} s)\n", flush=True)
+  summary = record.table(record.target_rows(results))
+  parts = [f"# Benchmarks\n\n`{origin['command']}`\n", summary]
+  parts += ["\n" + record.text(result) for result in results]
+  write_text(workdir / "bench.md", "\n".join(parts))
+  print(f"{summary}\n\nIn {workdir}: bench.md, {', '.join(names)} (.json)")
+  return results
+
+
+def main(argv: Sequence[str]) -> int:
+  """Parses the command line and runs; the exit status."""
+  rest = _VALUES(list(argv))[1:]
+  try:
+    if rest:
+      raise ValueError(f"{rest[0]!r} is neither a flag nor a value of one")
+    if not _VALUES.workdir:
+      raise ValueError("--workdir is missing; needed is a folder for results")
+    config = _VALUES.config
+    settings = models.read(config)
+    needed = max(settings.ranks, *settings.dispatch_ranks)
+    jax.config.update("jax_num_cpu_devices", needed)
+    jax.config.update("jax_platforms", "cpu")
+    logging.set_verbosity(logging.ERROR)  # orbax tells much
+    run(config, pathlib.Path(_VALUES.workdir).absolute(), argv)
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

@@ -1,0 +1,137 @@
+"""What the benchmarks are run on: settings, models, requests, devices."""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from experiments.cases import ASSETS
+from resilient_moe.mesh.programs import InstanceShape
+from resilient_moe.model.checkpoint import read_config, save_checkpoint
+from resilient_moe.model.config import ModelConfig, StepOptions
+from resilient_moe.model.params import init_params
+from resilient_moe.serving.request import Request
+from resilient_moe.serving.workload import make_requests
+
+DONE = "manifest.json"  # the last file of a checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model with the load that it is measured under."""
+
+  checkpoint: str  # a folder, or a shipped model; "": random weights
+  model: Mapping[str, Any]  # fields of `ModelConfig`, where it is random
+  options: Mapping[str, Any]  # fields of `StepOptions`
+  workload: Mapping[str, Any]
+  fault_step: int
+  seeds: tuple[int, ...]
+  kv_restore_steps: float  # the target, in median steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """The keys of the config (`configs/bench.py`)."""
+
+  ranks: int
+  policies: tuple[str, ...]
+  models: Mapping[str, Model]
+  pairs: int
+  block_steps: int
+  calls: int
+  plan_ranks: int
+  plan_repeats: int
+  cache_lens: tuple[int, ...]
+  dispatch_ranks: tuple[int, ...]
+  contexts: tuple[int, ...]
+
+
+def read(config: ml_collections.ConfigDict) -> Settings:
+  """The settings of a config, with the quick changes if it asks for them.
+
+  Raises:
+    ValueError: names the key that is wrong, and the choices.
+  """
+  fields = config.to_dict()
+  changes = fields.pop("quick_changes")
+  fields.pop("only")
+  if fields.pop("quick"):
+    fields.update(changes)
+  policies = fields.pop("policies")
+  if isinstance(policies, str):
+    policies = tuple(p.strip() for p in policies.split(","))
+  try:
+    models = {n: Model(**m) for n, m in fields.pop("models").items()}
+    return Settings(policies=tuple(policies), models=models, **fields)
+  except TypeError as error:
+    names = ", ".join(f.name for f in dataclasses.fields(Settings))
+    raise ValueError(f"config: {error}; keys: {names}") from error
+
+
+def devices(n: int) -> list[jax.Device]:
+  """`n` virtual devices of this process.
+
+  Raises:
+    ValueError: JAX has been started with fewer.
+  """
+  found = jax.devices()
+  if len(found) < n:
+    raise ValueError(f"{n} devices are needed; JAX has {len(found)}")
+  return found[:n]
+
+
+def folder_of(name: str, model: Model, workdir: pathlib.Path) -> pathlib.Path:
+  """The model's checkpoint; random weights are written once."""
+  if model.checkpoint:
+    shipped = ASSETS / model.checkpoint
+    return shipped if shipped.is_dir() else pathlib.Path(model.checkpoint)
+  folder = workdir / "models" / name
+  wanted = ModelConfig(**model.model)
+  if not (folder / DONE).is_file() or read_config(folder) != wanted:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    key = jax.random.key(0)
+    save_checkpoint(folder, wanted, init_params(wanted, key))
+  return folder.absolute()
+
+
+def config_of(name: str, model: Model, workdir: pathlib.Path) -> ModelConfig:
+  """The model's config."""
+  return read_config(folder_of(name, model, workdir))
+
+
+def requests_of(model: Model, seed: int) -> tuple[Request, ...]:
+  """A seed's requests; all are there from the start."""
+  return make_requests(**{**model.workload, "seed": seed})
+
+
+def shape_of(
+  config: ModelConfig, options: Mapping[str, Any], ranks: int
+) -> InstanceShape:
+  """The shape of an instance without any reserve."""
+  slots = -(-config.n_experts // ranks)
+  return InstanceShape(config, StepOptions(**options), slots, 1)
+
+
+def interleaved(
+  variants: Mapping[str, Callable[[], Any]], calls: int
+) -> dict[str, list[float]]:
+  """Seconds of each variant's calls; they take turns, in changing order.
+
+  Every variant runs once before anything is timed.
+  """
+  for call in variants.values():
+    call()
+  found: dict[str, list[float]] = {name: [] for name in variants}
+  rng = np.random.default_rng(0)
+  names: Sequence[str] = list(variants)
+  for _ in range(calls):
+    for index in rng.permutation(len(names)):
+      start = time.perf_counter()
+      variants[names[index]]()
+      found[names[index]].append(time.perf_counter() - start)
+  return found

@@ -1,0 +1,222 @@
+"""From settings to cases: every run of a comparison, checked beforehand.
+
+Whatever can be known to be wrong before an engine starts is found here, so
+that a sweep fails in its first second and not in its last run.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import pathlib
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import resilient_moe
+from experiments.settings import BY_SCENARIO, NO_FAULTS, Settings
+from resilient_moe.faults import Fault, parse_schedule, scenario
+from resilient_moe.recovery import load
+from resilient_moe.runtime.case import Case
+from resilient_moe.serving.request import Request
+from resilient_moe.serving.scheduler import refusal
+from resilient_moe.serving.workload import make_requests
+
+if TYPE_CHECKING:
+  from resilient_moe.model import ModelConfig, StepOptions
+
+TWIN = "none"  # the policy of the fault-free twin
+CUSTOM = "custom"  # the scenario of faults that a config lists
+ASSETS = pathlib.Path(resilient_moe.__file__).parent / "assets"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A case, and what identifies it: the same record, the same run."""
+
+  case: Case
+  record: Mapping[str, Any]  # plain data, for case.json
+
+  @property
+  def place(self) -> pathlib.PurePath:
+    """Its folder in a work directory."""
+    case = self.case
+    return pathlib.PurePath(case.scenario, case.policy, f"seed{case.seed}")
+
+  @property
+  def twin_place(self) -> pathlib.PurePath:
+    """The folder of its fault-free twin."""
+    return self.place.parent.parent / TWIN / self.place.name
+
+  @property
+  def digest(self) -> str:
+    """A hash of the record."""
+    return _digest(self.record)
+
+
+def jobs(settings: Settings) -> list[Job]:
+  """Every run, for each scenario and seed the twin first.
+
+  Raises:
+    ValueError: for the first thing that can't work.
+  """
+  folder = _checkpoint_folder(settings.checkpoint)
+  options = _options(settings)
+  model = _model(settings.checkpoint, folder)
+  _check_policies(settings)
+  model_crc = zlib.crc32((folder / "manifest.json").read_bytes())
+  requests = {seed: _requests(settings, seed) for seed in settings.seeds}
+  for each in requests.values():
+    _check_fit(each, options, model)
+  found = []
+  for name in _scenarios(settings):
+    for seed in settings.seeds:
+      faults = _faults(settings, name, seed)
+      for policy in dict.fromkeys((TWIN, *settings.policies)):
+        case = Case(
+          checkpoint=str(folder),
+          policy=policy,
+          policy_kwargs=_kwargs(settings, policy),
+          scenario=name,
+          seed=seed,
+          runtime=settings.runtime,
+          deployment=settings.deployment,
+          ranks=settings.ranks,
+          options=settings.options,
+          requests=requests[seed],
+          faults=() if policy == TWIN else faults,
+          wait_ready=settings.wait_ready,
+        )
+        found.append(Job(case, _record(case, f"{model_crc:08x}")))
+  return found
+
+
+def _record(case: Case, model_crc: str) -> dict[str, Any]:
+  """The case as plain data; where the model lies doesn't matter, what it is.
+
+  The requests, which are long and in the history, are there by their hash.
+  """
+  record = dataclasses.asdict(case)
+  record["checkpoint"] = model_crc
+  record["requests"] = _digest(record["requests"])
+  plain: dict[str, Any] = json.loads(json.dumps(record))
+  return plain
+
+
+def _digest(value: Any) -> str:
+  text = json.dumps(value, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _checkpoint_folder(name: str) -> pathlib.Path:
+  shipped = ASSETS / name
+  return shipped if shipped.is_dir() else pathlib.Path(name).absolute()
+
+
+def _model(name: str, folder: pathlib.Path) -> "ModelConfig":
+  """The model's config, if the checkpoint is whole."""
+  # Loads JAX (and starts no device), which nothing else in a launcher does.
+  from resilient_moe.model import checkpoint
+
+  try:
+    model = checkpoint.read_config(folder)
+    checkpoint.check_manifest(folder)
+  except (OSError, ValueError, TypeError) as error:
+    ships = ", ".join(sorted(p.name for p in ASSETS.glob("*/")))
+    raise ValueError(
+      f"config.checkpoint={name!r}: {error}; needed is a folder that "
+      f"save_checkpoint wrote, or one that ships: {ships}"
+    ) from error
+  return model
+
+
+def _options(settings: Settings) -> "StepOptions":
+  from resilient_moe.model import StepOptions
+
+  known = [field.name for field in dataclasses.fields(StepOptions)]
+  for name in settings.options:
+    if name not in known:
+      raise ValueError(
+        f"config.options.{name}: unknown option; choices: {', '.join(known)}"
+      )
+  try:
+    return StepOptions(**settings.options)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"config.options: {error}") from error
+
+
+def _requests(settings: Settings, seed: int) -> tuple[Request, ...]:
+  try:
+    requests = make_requests(**{**settings.workload, "seed": seed})
+  except (TypeError, ValueError) as error:
+    choices = ", ".join(inspect.signature(make_requests).parameters)
+    raise ValueError(
+      f"config.workload: {error}; arguments: {choices}"
+    ) from error
+  if not requests:
+    raise ValueError("config.workload.count=0: at least 1")
+  return requests
+
+
+def _check_fit(
+  requests: Iterable[Request], options: "StepOptions", model: "ModelConfig"
+) -> None:
+  """Every request can be accepted by an engine of this shape."""
+  for request in requests:
+    reason = refusal(
+      len(request.prompt),
+      request.max_new_tokens,
+      options.max_len,
+      model.vocab_size,
+      request.prompt,
+    )
+    if reason:
+      raise ValueError(
+        f"request {request.request_id}: {reason}; raise config.options.max_len"
+        " or lower config.workload.prompt_tokens or new_tokens"
+      )
+
+
+def _kwargs(settings: Settings, policy: str) -> Mapping[str, Any]:
+  """Those of the policy, or of its first part where it is "a+b"."""
+  given = settings.policy_kwargs
+  return given.get(policy, given.get(policy.partition("+")[0], {}))
+
+
+def _check_policies(settings: Settings) -> None:
+  """Every policy can be made, those that only have arguments too."""
+  for name in dict.fromkeys((*settings.policies, *settings.policy_kwargs)):
+    first, *rest = name.split("+")
+    load(first, **_kwargs(settings, name))
+    for other in rest:
+      load(other)
+
+
+def _scenarios(settings: Settings) -> tuple[str, ...]:
+  """Names of the folders: what breaks."""
+  if settings.faults == BY_SCENARIO:
+    return settings.scenarios
+  return (TWIN,) if settings.faults == NO_FAULTS else (CUSTOM,)
+
+
+def _faults(settings: Settings, name: str, seed: int) -> tuple[Fault, ...]:
+  """What breaks, and that somebody survives it."""
+  ranks = settings.ranks
+  if isinstance(settings.faults, str):
+    faults = scenario(
+      name,
+      ranks,
+      seed,
+      at_step=settings.fault_step,
+      rank=None if settings.fault_rank < 0 else settings.fault_rank,
+      after_ready=settings.fault_after_ready,
+    )
+  else:
+    faults = parse_schedule(settings.faults, ranks)
+  for fault in faults:
+    if fault.kind != "straggler" and len(fault.ranks) >= ranks:
+      raise ValueError(
+        f"scenario {name!r} takes {len(fault.ranks)} of {ranks} ranks at once;"
+        f" at most {ranks - 1} can be survived"
+      )
+  return faults

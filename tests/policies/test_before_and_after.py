@@ -1,0 +1,67 @@
+"""Before a loss: warnings and slow ranks. After it: growing back, rearming."""
+
+import numpy as np
+import pytest
+
+from resilient_moe import recovery as rm
+from tests.policies.ask import only, recovered
+
+SURVIVORS = (
+  "mesh_shrink",
+  "replica_promotion",
+  "kv_restore",
+  "mask_experts",
+  "retry",
+  "spare",
+)
+
+
+@pytest.mark.parametrize("name", SURVIVORS)
+def test_a_warning_drains_the_rank_while_it_lives(name):
+  view, plan = recovered(name, rm.RanksLeaving((3,), 2.0))
+  for action in only(plan.resume, rm.CopyExperts):
+    assert action.tier == rm.Tier.PEER
+    assert {m.source for m in action.moves} == {3}
+  (hand_over,) = only(plan.resume, rm.RestoreKV)
+  assert hand_over.tier == rm.Tier.PEER
+  assert not only(plan.resume, rm.Fence)
+  assert plan.repair[0] == rm.Fence((3,))
+  after = rm.advance_all(view, rm.ordered(plan.resume))
+  live = np.array_equal(after.requests.kv_tokens, view.requests.kv_tokens)
+  assert live, "nothing is prefilled again"
+
+
+@pytest.mark.parametrize("name", SURVIVORS)
+def test_stragglers_are_tolerated_unless_asked(name):
+  slow = rm.Straggler(2, 4.0)
+  _, answer = recovered(name, slow)
+  assert "rank 2 is 4.0 times slower" in answer.reason
+  view, plan = recovered(name, slow, drain_stragglers=True)
+  after = rm.advance_all(view, rm.ordered(plan.resume))
+  assert 2 not in after.mesh
+
+
+def test_replacements_take_their_share_and_rejoin():
+  view, plan = recovered("mesh_shrink", rm.RanksLost((3, 5)), replace=True)
+  after = rm.advance_all(view, rm.ordered(plan.resume))
+  grown = rm.advance_all(after, rm.ordered(plan.repair))
+  assert grown.mesh.tolist() == list(range(8))
+  assert rm.servable(grown) is None
+  serving = np.bincount(grown.table.entries[:, :, 0].ravel(), minlength=8)
+  assert serving.tolist() == [2] * 8
+
+
+def test_a_replacement_never_holds_an_expert_twice():
+  view, plan = recovered("replica_promotion", replace=True)
+  actions = rm.ordered(plan.resume) + rm.ordered(plan.repair)
+  grown = rm.advance_all(view, actions)
+  held = grown.slots[3][grown.slots[3] >= 0].tolist()
+  assert len(held) == len(set(held)) == 4
+
+
+def test_rearming_makes_the_next_single_losses_ready():
+  view, plan = recovered("mesh_shrink", rearm=True)
+  after = rm.advance_all(view, rm.ordered(plan.resume))
+  repaired = rm.advance_all(after, rm.ordered(plan.repair))
+  for rank in repaired.mesh.tolist():
+    assert frozenset({3, rank}) in repaired.ready

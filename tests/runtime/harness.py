@@ -1,0 +1,255 @@
+"""Runs whole cases in the test's own process, on its virtual devices.
+
+What `runtime.engine` and `runtime.gateway` do with a process and a socket,
+done with a list: plans, `assemble`, `serve`, a fresh engine after a restart,
+the client's retries. Programs compiled by one test serve the next (`Lab`);
+tests of what is compiled when bring a store of their own.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from resilient_moe.faults import Schedule
+from resilient_moe.mesh.executables import Executables
+from resilient_moe.model.checkpoint import save_checkpoint
+from resilient_moe.model.config import ModelConfig
+from resilient_moe.model.params import init_params
+from resilient_moe.report import verdict
+from resilient_moe.runtime import assemble, engine
+from resilient_moe.runtime.case import Case, make_policy
+from resilient_moe.runtime.channel import Channel, ChannelRecorder
+from resilient_moe.runtime.emulated import EmulatedBackend
+from resilient_moe.serving.recover import EngineRestart
+from resilient_moe.serving.request import Request
+
+RANKS = 4
+MODEL = ModelConfig(
+  vocab_size=64, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, head_dim=16,
+  n_experts=8, top_k=2, expert_width=32,
+)  # fmt: skip
+OPTIONS = {"rows": 2, "max_len": 96, "chunk": 16, "kv_block": 16}
+
+Event = dict[str, Any]
+OnBackend = Callable[[EmulatedBackend], None]
+
+
+@dataclasses.dataclass
+class Lab:
+  """A checkpoint, and a folder where compiled programs are shared."""
+
+  root: pathlib.Path
+  checkpoint: pathlib.Path
+
+  def store(self, plans: assemble.Plans) -> pathlib.Path:
+    """A scratch folder that holds every program a case begins with."""
+    name = hashlib.sha1(repr(plans.shape).encode()).hexdigest()[:12]
+    scratch = self.root / "store" / name
+    folder = scratch / "executables"
+    if not folder.is_dir():
+      folder.mkdir(parents=True)
+      for generation in range(1, 5):  # a cold engine's own store
+        (scratch / f"cold{generation}").symlink_to(folder)
+    executables = Executables(plans.shape, folder)
+    n = len(plans.view.launched)
+    sizes = {len(plans.view.mesh)} | {
+      n - sum(1 if r >= 0 else -1 for r in name)
+      for name in plans.standing.ready
+    }
+    for size in sorted(sizes):
+      for chunk in plans.shape.chunks():
+        executables.compile_for(chunk, jax.devices()[:size])
+    return scratch
+
+  @functools.cached_property
+  def twin(self) -> list[Event]:
+    """The events of the fault-free run."""
+    return Host(self, make_case(self, "none")).run()
+
+  def verdict(self, events: list[Event]) -> dict[str, Any]:
+    """What the checkers say about a run beside its fault-free twin."""
+    return verdict(events, self.twin)
+
+
+def make_lab(root: pathlib.Path) -> Lab:
+  """Writes the checkpoint of a tiny random model."""
+  checkpoint = root / "checkpoint"
+  params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
+  save_checkpoint(checkpoint, MODEL, params)
+  return Lab(root, checkpoint)
+
+
+def make_requests(n: int = 10, new_tokens: int = 24) -> tuple[Request, ...]:
+  """Greedy and sampled requests; most at once, others while those decode."""
+  rng = np.random.default_rng(7)
+  return tuple(
+    Request(
+      request_id=f"r{i}",
+      prompt=tuple(rng.integers(0, MODEL.vocab_size, 5 + 4 * i).tolist()),
+      max_new_tokens=new_tokens + i % 3,
+      seed=i,
+      temperature=0.8 * (i % 2),
+      arrival_step=0 if i < n - 4 else 6 * (i - n + 5),
+    )
+    for i in range(n)
+  )
+
+
+def make_case(
+  lab: Lab, policy: str, faults: Schedule = (), **fields: Any
+) -> Case:
+  """A small case; `fields` replace its defaults."""
+  given: dict[str, Any] = {
+    "checkpoint": str(lab.checkpoint), "policy": policy, "policy_kwargs": {},
+    "scenario": "test", "seed": 0, "runtime": "emulated",
+    "deployment": "collocated", "ranks": RANKS, "options": OPTIONS,
+    "requests": make_requests(), "faults": faults,
+  }  # fmt: skip
+  return Case(**{**given, **fields})
+
+
+class ListIntake:
+  """Requests in a list, with what they have been answered so far."""
+
+  def __init__(self, accept: Callable[[Request], None]) -> None:
+    """`accept` is told of each request, a client's retries too."""
+    self.requests: dict[str, Request] = {}
+    self.tokens: dict[str, list[int]] = {}
+    self.ended: set[str] = set()
+    self.given: set[str] = set()  # to the engine that serves now
+    self.failed: list[str] = []  # to be sent again
+    self._told = accept
+
+  def accept(self, request: Request) -> None:
+    self.requests[request.request_id] = request
+    self.tokens[request.request_id] = []
+    self._told(request)
+
+  def poll(self, step: int) -> list[tuple[Request, tuple[int, ...]]]:
+    while self.failed:
+      self._again(self.failed.pop(0))
+    now = [r for r in self._waiting() if (r.arrival_step or 0) <= step]
+    self.given.update(r.request_id for r in now)
+    return [(r, tuple(self.tokens[r.request_id])) for r in now]
+
+  def next_step(self) -> int | None:
+    return min((r.arrival_step or 0 for r in self._waiting()), default=None)
+
+  def closed(self) -> bool:
+    return self.ended == set(self.requests) and not self.failed
+
+  def _again(self, name: str) -> None:
+    """The client's retry of a failed request."""
+    root, _, attempt = name.partition("~")
+    again = dataclasses.replace(
+      self.requests[name], request_id=f"{root}~{int(attempt or 0) + 1}",
+      retry_of=name, arrival_step=0,
+    )  # fmt: skip
+    self.accept(again)
+
+  def _waiting(self) -> list[Request]:
+    out = self.given | self.ended
+    return [r for n, r in self.requests.items() if n not in out]
+
+
+class _Control:
+  """Takes what an engine would tell its gateway."""
+
+  def __init__(self) -> None:
+    self.fresh: dict[str, Any] = {}
+
+  def send(self, message: dict[str, Any]) -> None:
+    self.fresh = message["fresh"]
+
+
+class Host:
+  """The gateway's and the engine's part of one run."""
+
+  def __init__(
+    self, lab: Lab, case: Case, *, on_backend: OnBackend | None = None,
+    scratch: pathlib.Path | None = None,
+  ) -> None:  # fmt: skip
+    """`on_backend` sees each engine's backend before it serves."""
+    self.events: list[Event] = []
+    self.case = case
+    self.intake = ListIntake(self._accepted)
+    self.generations = 0
+    self._lab, self._scratch = lab, scratch
+    self._on_backend = on_backend or (lambda backend: None)
+    self.recorder = ChannelRecorder(self._hear, time.monotonic())
+
+  def run(self) -> list[Event]:
+    """Serves the case to its end; the events, also left in `events`."""
+    policy = make_policy(self.case)
+    self.recorder.write(
+      "run", policy=self.case.policy, scenario=self.case.scenario,
+      runtime="emulated", deployment="collocated", seed=self.case.seed,
+      ranks=self.case.ranks, lossless=policy.lossless, exact=True,
+      fails_requests=policy.fails_requests,
+      expected_faults=len(self.case.faults),
+    )  # fmt: skip
+    for request in self.case.requests:
+      self.intake.accept(request)
+    fresh: assemble.Fresh | None = assemble.Fresh()
+    while fresh is not None:
+      fresh = self._engine(fresh)
+      self.intake.given.clear()
+    self.recorder.write("end")
+    return self.events
+
+  def start(
+    self, fresh: assemble.Fresh | None = None
+  ) -> tuple[assemble.Plans, EmulatedBackend]:
+    """An engine's backend; the caller closes it."""
+    fresh = fresh or assemble.Fresh()
+    plans = assemble.plan_instance(self.case, fresh)
+    n = self.case.ranks + plans.policy.spares
+    backend = assemble.assemble(
+      self.case, plans, fresh, jax.devices()[:n],
+      self._scratch or self._lab.store(plans), self.recorder,
+    )  # fmt: skip
+    self.generations += 1
+    self._on_backend(backend)
+    return plans, backend
+
+  def _engine(self, fresh: assemble.Fresh) -> assemble.Fresh | None:
+    """One engine's life; what the next one takes over, if it is restarted."""
+    plans, backend = self.start(fresh)
+    control = _Control()
+    try:
+      engine._prepare(self.case, plans, fresh, backend, self.recorder)
+      engine._run(
+        cast(Channel, control), cast(Any, self.intake), plans, fresh, backend,
+        self.recorder,
+      )  # fmt: skip
+    except EngineRestart:
+      return assemble.Fresh(**engine._tuples(control.fresh))
+    finally:
+      backend.close()
+    return None
+
+  def _accepted(self, request: Request) -> None:
+    self.recorder.write(
+      "accepted", request_id=request.request_id,
+      prompt_tokens=list(request.prompt), retry_of=request.retry_of,
+      max_new_tokens=request.max_new_tokens,
+    )  # fmt: skip
+
+  def _hear(self, line: str) -> None:
+    event = json.loads(line)
+    self.events.append(event)
+    if event["event"] == "step":
+      for name, _, token in event["emitted"]:
+        self.intake.tokens[name].append(token)
+    elif event["event"] in ("finished", "failed"):
+      self.intake.ended.add(event["request_id"])
+    if event["event"] == "failed":
+      self.intake.failed.append(event["request_id"])
