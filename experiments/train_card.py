@@ -52,6 +52,10 @@ another Python carries other text (corpus sha1 `{sha1}`).
 
 ![loss curve](loss_curve.png)
 
+The held-out slice is scored at context {context} throughout. Contexts grow
+during the run ({contexts} bytes), and the model can't use positions that it
+has not been trained on: hence the fall of the curve at the last change.
+
 ## Load per expert
 Fraction of assignments on the held-out text (even would be {even:.3f}), and
 the entropy of the load as a fraction of its maximum.
@@ -128,6 +132,7 @@ def readme(card: dict[str, Any]) -> str:
     bits=card["held_out_bits_per_byte"],
     ngram_bits=card["ngram_bits_per_byte"],
     context=card["config"]["eval_context"],
+    contexts=", ".join(str(phase[2]) for phase in card["config"]["phases"]),
     epochs=card["tokens"] / card["train_bytes"],
     cpus=versions.pop("cpus"),
     python=versions.pop("python"),
@@ -173,7 +178,7 @@ def plot(
     label="held-out slice",
   )
   axes.axhline(ngram_bits, ls="--", lw=1, color="C3", label="Kneser-Ney")
-  axes.set(xlabel="step", ylabel="bits per byte", ylim=(1, 4))
+  axes.set(xlabel="step", ylabel="bits per byte", ylim=(1, 5.5))
   axes.legend(frameon=False)
   figure.savefig(file, dpi=110)
 

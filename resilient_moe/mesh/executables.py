@@ -114,7 +114,8 @@ class Executables:
     return self._loaded[key], Source.COMPILED
 
   def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    return lowered.compile(compiler_options=compiler_options())
+    with relocate.compiled_here():
+      return lowered.compile(compiler_options=compiler_options())
 
   def _find(self, name: str) -> relocate.Portable | None:
     if name in self._portable:

@@ -11,16 +11,19 @@ PRIVATE: the only module that touches JAX's private serialisation classes;
 Serialised executables are code: load only what this project stored.
 """
 
+import contextlib
 import dataclasses
 import io
 import pickle
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax._src import compiler
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 _Unpickler = serialize_executable._JaxPjrtUnpickler
 
@@ -42,6 +45,40 @@ class Portable:
   @classmethod
   def from_bytes(cls, data: bytes) -> "Portable":
     return cls(*pickle.loads(data))
+
+
+_lock = threading.Lock()
+_compiling = 0  # compilations under way, on any thread
+_setting = True  # what the cache's switch was before them
+
+
+@contextlib.contextmanager
+def compiled_here() -> Iterator[None]:
+  """Programs compiled inside don't come from JAX's persistent cache.
+
+  An executable that was itself loaded from that cache can't be serialised
+  again: its kernels are missing when it is loaded (jax 0.10.2). It would also
+  serve one run with what another has compiled.
+  """
+  global _compiling, _setting
+  with _lock:
+    if not _compiling:
+      _setting = jax.config.jax_enable_compilation_cache
+      _switch_cache(False)
+    _compiling += 1
+  try:
+    yield
+  finally:
+    with _lock:
+      _compiling -= 1
+      if not _compiling:
+        _switch_cache(_setting)
+
+
+def _switch_cache(on: bool) -> None:
+  if jax.config.jax_enable_compilation_cache != on:
+    jax.config.update("jax_enable_compilation_cache", on)
+    compilation_cache.reset_cache()  # the switch is looked up once
 
 
 def serialize(

@@ -21,10 +21,13 @@ def unembed(
 
   def rows(w: tuple, x: jax.Array) -> jax.Array:
     h = rms_norm(x, w[0], config.norm_eps)
-    return (h @ w[1]).astype(jnp.float32)
+    # Not `embed.T`: hoisted out of the loop over blocks, the transposed copy
+    # is multiplied by another kernel, with other bits than a lone block.
+    product = "nd,vd->nv" if tied else "nd,dv->nv"
+    return jnp.einsum(product, h, w[1]).astype(jnp.float32)
 
   tied = config.tied_embeddings
-  head = params["embed"].T if tied else params["lm_head"]
+  head = params["embed"] if tied else params["lm_head"]
   return rowwise(rows, (params["final_norm"], head), x, row_block)
 
 

@@ -7,7 +7,6 @@ requests; events go back. A plan that restarts the instance ends this process:
 the gateway starts a fresh one.
 """
 
-import os
 import pathlib
 import socket
 import sys
@@ -25,9 +24,6 @@ from resilient_moe.runtime.channel import (
 from resilient_moe.serving.loop import serve
 from resilient_moe.serving.recover import EngineRestart, Unrecoverable
 from resilient_moe.serving.request import Request
-
-# Tests share compiled programs between runs; a measured run must not.
-SHARED_CACHE = "RMOE_SHARED_COMPILATION_CACHE"
 
 
 class ChannelIntake:
@@ -124,8 +120,8 @@ def _devices(case: Case, fresh: Any) -> list:
   from resilient_moe.runtime.case import make_policy
 
   n = case.ranks + make_policy(case).spares
-  if os.environ.get(SHARED_CACHE) != "1":
-    jax.config.update("jax_enable_compilation_cache", False)
+  # A cold start must be cold: no run is served by another's executables.
+  jax.config.update("jax_enable_compilation_cache", False)
   if case.runtime == "logical":
     return jax.devices()[:1] * n
   jax.config.update("jax_num_cpu_devices", n)

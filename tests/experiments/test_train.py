@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import train_shipped
-from experiments import corpus, train, train_io
+from experiments import corpus, train, train_io, train_schedule
 from resilient_moe.model import ModelConfig, load_checkpoint
 
 TEXT = corpus.Corpus(
@@ -38,7 +38,7 @@ def _assert_same(a: Any, b: Any) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory):
   """A run of all its steps: (config, workdir, state)."""
   config, workdir = _config(), tmp_path_factory.mktemp("run")
-  train_io.claim_workdir(config, TEXT, workdir, train.check_same_past)
+  train_io.claim_workdir(config, TEXT, workdir, train_schedule.check_same_past)
   return config, workdir, train.train(config, TEXT, workdir)
 
 
@@ -113,7 +113,7 @@ def test_weight_decay_leaves_the_norms_alone() -> None:
 
 def test_the_learning_rate_warms_up_stays_and_decays() -> None:
   config = _config(warmup_steps=5, decay_steps=10)
-  rate = train.learning_rate(config)
+  rate = train_schedule.learning_rate(config)
   rates = [float(rate(i)) for i in range(31)]
   assert rates[0] == 0
   assert rates[5:20] == pytest.approx([1e-2] * 15)
@@ -125,18 +125,20 @@ def test_what_lies_ahead_of_a_run_can_be_changed(finished) -> None:
   _, workdir, _ = finished
   old = json.loads((workdir / "run.json").read_text())["config"]
   longer = _config(phases=((25, 4, 16), (10, 2, 32))).lock()
-  train.check_same_past(longer, old, done=19)
+  train_schedule.check_same_past(longer, old, done=19)
   with pytest.raises(ValueError, match="phases changes one of the 21 steps"):
-    train.check_same_past(longer, old, done=21)
+    train_schedule.check_same_past(longer, old, done=21)
   late = _config(decay_steps=5).lock()
   with pytest.raises(ValueError, match="decay_steps changes one of the 23"):
-    train.check_same_past(late, old, done=23)
+    train_schedule.check_same_past(late, old, done=23)
 
 
 def test_a_run_is_claimed_again_by_its_own_config(finished) -> None:
   _, workdir, _ = finished
   before = (workdir / "run.json").read_text()
-  train_io.claim_workdir(_config().lock(), TEXT, workdir, train.check_same_past)
+  train_io.claim_workdir(
+    _config().lock(), TEXT, workdir, train_schedule.check_same_past
+  )
   assert (workdir / "run.json").read_text() == before
 
 
@@ -145,7 +147,7 @@ def test_another_runs_work_directory_is_refused(finished) -> None:
   before = (workdir / "run.json").read_text()
   with pytest.raises(ValueError, match=r"config.seed is 5, but 0"):
     train_io.claim_workdir(
-      _config(seed=5), TEXT, workdir, train.check_same_past
+      _config(seed=5), TEXT, workdir, train_schedule.check_same_past
     )
   assert (workdir / "run.json").read_text() == before
 
@@ -156,7 +158,7 @@ def test_a_work_directory_that_cannot_be_written_is_one_clear_error(
   (tmp_path / "file").touch()
   with pytest.raises(ValueError, match="--workdir=.*can't be written"):
     train_io.claim_workdir(
-      _config(), TEXT, tmp_path / "file" / "run", train.check_same_past
+      _config(), TEXT, tmp_path / "file" / "run", train_schedule.check_same_past
     )
 
 

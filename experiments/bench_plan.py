@@ -1,0 +1,80 @@
+"""How long every policy plans at 10,240 ranks."""
+
+import pathlib
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from experiments.bench_models import Settings
+from experiments.bench_record import Cell, Result, Target, stat
+from resilient_moe.recovery import (
+  Infeasible,
+  Plan,
+  RanksLost,
+  bare_view,
+  big_view,
+  load,
+  policy_names,
+  recover_checked,
+)
+
+LIMIT_MS = 20.0
+
+
+def run(settings: Settings, workdir: pathlib.Path) -> Result:
+  """Times `recover`, the check of its plan, and `prepare`."""
+  del workdir
+  n = settings.plan_ranks
+  view = big_view(n, n_requests=min(2000, 4 * n))
+  failure = RanksLost((n // 2,))
+  rows: list[dict[str, Cell]] = []
+  samples: dict[str, list[float]] = {}
+  targets = []
+  for name in policy_names():
+    policy = load(name)
+    plan = policy.recover(view, failure)
+    bare = bare_view(
+      n, view.n_experts, spares=policy.spares, ranks_per_host=8,
+      hosts_per_rack=4, top_k=view.top_k,
+    )  # fmt: skip
+    ms = {
+      "recover": _ms(
+        lambda p=policy: p.recover(view, failure), settings.plan_repeats
+      ),
+      "recover+check": _ms(
+        lambda p=policy: recover_checked(p, view, failure),
+        max(settings.plan_repeats // 4, 1),
+      ),
+      "prepare": _ms(
+        lambda p=policy, b=bare: p.prepare(b),
+        max(settings.plan_repeats // 4, 1),
+      ),
+    }
+    samples |= {f"{name}/{what}/ms": values for what, values in ms.items()}
+    row: dict[str, Cell] = {"policy": name, "answer": _answer(plan)}
+    row |= {f"{what} ms": stat(values).median for what, values in ms.items()}
+    rows.append(row)
+    if isinstance(plan, Plan):
+      median = stat(ms["recover"]).median
+      targets.append(
+        Target(f"{name} plans for {n:,} ranks", median, LIMIT_MS, "ms")
+      )
+  return Result("plan", rows, samples, targets)
+
+
+def _answer(plan: Plan | Infeasible) -> str:
+  if isinstance(plan, Infeasible):
+    return f"infeasible: {plan.reason[:40]}"
+  return f"{len(plan.resume)} + {len(plan.repair)} actions"
+
+
+def _ms(call: Callable[[], object], repeats: int) -> list[float]:
+  """Milliseconds of each call, after one that is not counted."""
+  call()
+  found = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    call()
+    found.append(1e3 * (time.perf_counter() - start))
+  return [float(x) for x in np.asarray(found)]

@@ -1,0 +1,233 @@
+"""What a request gets doesn't depend on where and beside whom it is served.
+
+All comparisons are bit for bit, except where an option declares that it
+doesn't keep bits.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resilient_moe.model import forward
+from tests.model import harness
+from tests.model.harness import OPTIONS, TINY, Engine, Prompt, Token
+
+PROMPT = tuple(int(t) for t in np.random.default_rng(5).integers(1, 96, 25))
+DECODED = 6  # the prompt's three chunks are 12, 12 and 1 tokens wide
+
+CASES = {
+  "1": {"n_ranks": 1},
+  "3": {"n_ranks": 3},
+  "7": {"n_ranks": 7},
+  "8": {"n_ranks": 8},
+  "3-gather": {"n_ranks": 3, "dispatch": "all_gather"},
+  "7-gather": {"n_ranks": 7, "dispatch": "all_gather"},
+  "8-gather": {"n_ranks": 8, "dispatch": "all_gather"},
+  "3-logical": {"n_ranks": 3, "logical": True},
+  "8-logical-gather": {
+    "n_ranks": 8,
+    "logical": True,
+    "dispatch": "all_gather",
+  },
+}
+
+
+@functools.cache
+def engine(case: str) -> Engine:
+  """One engine a case: its programs are compiled once for all tests."""
+  return Engine(**CASES[case])
+
+
+@functools.cache
+def expected() -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
+  """Greedy text, the logits that `forward` gives it, KV of a re-prefill."""
+  text = PROMPT
+  for _ in range(DECODED):
+    logits = logits_of(text)
+    text = (*text, int(logits[-1].argmax()))
+  one = engine("1")
+  one.prefill(Prompt(0, 0, text))
+  return text, logits_of(text), one.kv(0, 0, len(text))
+
+
+def logits_of(text: tuple[int, ...]) -> np.ndarray:
+  """From `forward`, padded so that one program serves every length."""
+  padded = np.zeros((1, len(PROMPT) + DECODED), np.int32)
+  padded[0, : len(text)] = text
+  params = harness.tiny_params()
+  return np.asarray(forward(TINY, params, padded, OPTIONS))[0, : len(text)]
+
+
+def serve(e: Engine, rank: int, row: int, companions=lambda step: ()):
+  """Prefill and teacher-forced decode; logits by position, and the KV."""
+  text, _, _ = expected()
+  rows, width, step = {}, e.options.chunk, 0
+  for start in range(0, len(PROMPT), width):
+    part = PROMPT[start : start + width]
+    result = e.step([Prompt(rank, row, part, start), *companions(step)])
+    rows[start + len(part) - 1] = result.logits[rank, -1]
+    step += 1
+  for at in range(len(PROMPT), len(text)):
+    result = e.step([Token(rank, row, text[at], at), *companions(step)])
+    rows[at] = result.logits[rank, row]
+    step += 1
+  return rows, e.kv(rank, row, len(text))
+
+
+def check(rows: dict[int, np.ndarray], kv: np.ndarray) -> None:
+  _, logits, prefilled = expected()
+  for position, row in rows.items():
+    np.testing.assert_array_equal(row, logits[position], f"at {position}")
+  np.testing.assert_array_equal(kv, prefilled)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_chunks_and_decode_give_the_bits_of_forward(case):
+  e = engine(case)
+  e.reset()
+  check(*serve(e, rank=e.n_ranks - 1, row=1))
+
+
+@pytest.mark.parametrize("case", ["1", "3", "8", "8-gather", "3-logical"])
+def test_place_and_companions_change_no_bit(case, rng):
+  e = engine(case)
+  for copies in (1, 2):
+    e.place(_random_entries(rng, e, copies))
+    e.reset()
+    rank, row = int(rng.integers(e.n_ranks)), int(rng.integers(3))
+    check(*serve(e, rank, row, _random_companions(rng, e, rank, row)))
+  e.place(harness.placement(e.n_ranks, e.shape.slots))
+
+
+def _random_entries(rng, e: Engine, copies: int) -> np.ndarray:
+  """Every expert in `copies` slots anywhere, some with fewer."""
+  seats = rng.permutation(e.n_ranks * e.shape.slots)
+  seats = seats[: TINY.n_experts * copies].reshape(TINY.n_experts, copies)
+  entries = np.stack([seats // e.shape.slots, seats % e.shape.slots], axis=2)
+  if copies > 1:
+    entries[rng.integers(TINY.n_experts), 1] = -1
+  return entries.astype(np.int32)
+
+
+def _random_companions(rng, e: Engine, rank: int, row: int):
+  """Other rows decode or prefill anything, anew at every step."""
+
+  def companions(_):
+    work = []
+    for r in range(e.n_ranks):
+      if r != rank and rng.random() < 0.4:
+        n = int(rng.integers(1, e.options.chunk + 1))
+        tokens = tuple(int(t) for t in rng.integers(0, 96, n))
+        work.append(Prompt(r, 2, tokens, int(rng.integers(0, 20)), 1, 0.7))
+      for b in range(2):
+        if (r, b) != (rank, row) and rng.random() < 0.6:
+          token, at = int(rng.integers(0, 96)), int(rng.integers(0, 40))
+          work.append(Token(r, b, token, at, 3, 0.9))
+    return work
+
+  return companions
+
+
+def test_logical_and_sharded_steps_return_equal_deltas(rng):
+  text = tuple(int(t) for t in rng.integers(0, 96, 12))
+  work = [Prompt(0, 0, text), Prompt(2, 1, text[:5]), Token(1, 2, 7, 0)]
+  sharded, logical = engine("3"), engine("3-logical")
+  results = []
+  for e in (sharded, logical):
+    e.reset()
+    results.append(e.step(work))
+  first, second = results
+  lanes = first.delta.shape[2]
+  live = np.zeros((3, lanes), bool)
+  live[0, 3:15], live[2, 3:8], live[1, 2] = True, True, True
+  for r, lane in np.argwhere(live):
+    np.testing.assert_array_equal(
+      first.delta[:, r, lane], second.delta[:, r, lane]
+    )
+  for r, place in ((0, -1), (2, -1), (1, 2)):
+    np.testing.assert_array_equal(
+      first.logits[r, place], second.logits[r, place]
+    )
+    assert first.tokens[r, place] == second.tokens[r, place]
+
+
+def test_step_that_fails_changes_nothing_and_runs_again_the_same():
+  e = engine("3")
+  e.reset()
+  e.prefill(Prompt(1, 1, PROMPT[:12]))
+  work = [Prompt(1, 1, PROMPT[12:20], 12), Token(2, 0, 5, 0, 1, 0.8)]
+  before = np.asarray(e.cache).copy()
+  failed = e.step(work, commit=False)
+  np.testing.assert_array_equal(np.asarray(e.cache), before)
+  again = e.step(work)
+  after = np.asarray(e.cache).copy()
+  assert not np.array_equal(after, before)
+  twice = e.step(work)  # committed before, and run again
+  np.testing.assert_array_equal(np.asarray(e.cache), after)
+  for other in (again, twice):
+    np.testing.assert_array_equal(failed.delta, other.delta)
+    np.testing.assert_array_equal(failed.tokens, other.tokens)
+
+
+def test_commit_writes_its_rows_and_nothing_else():
+  e = engine("3")
+  e.reset()
+  before = np.asarray(e.cache).copy()
+  result = e.step([Token(1, 2, 9, 7), Prompt(0, 0, PROMPT[:12], 5)])
+  after = np.asarray(e.cache)
+  np.testing.assert_array_equal(after[:, 1, 2, :, 7], result.delta[:, 1, 2])
+  np.testing.assert_array_equal(
+    np.swapaxes(after[:, 0, 0, :, 5:17], 1, 2), result.delta[:, 0, 3:]
+  )
+  changed = (after != before).any(axis=(0, 3, 5))  # [R, B, T]
+  assert set(map(tuple, np.argwhere(changed))) == {
+    (1, 2, 7), *((0, 0, t) for t in range(5, 17)),
+  }  # fmt: skip
+
+
+def test_sampled_text_is_equal_on_one_rank_and_on_eight(rng):
+  """Three requests decode hundreds of steps; eight ranks serve others too."""
+  steps = 300
+  one, eight = (Engine(r, max_len=steps, copies=1) for r in (1, 8))
+  seats = [(7, 2), (0, 0), (3, 1)]
+  mine, theirs = [1, 2, 3], [1, 2, 3]
+  heat = (0.0, 0.8, 1.3)
+  for at in range(steps):
+    got = one.step(
+      [Token(0, b, mine[b], at, 40 + b, heat[b]) for b in range(3)]
+    )
+    mine = got.tokens[0, :3].tolist()
+    work = [
+      Token(*seats[b], theirs[b], at, 40 + b, heat[b]) for b in range(3)
+    ]
+    for r in range(8):
+      if (r, 1) not in seats:
+        work.append(Token(r, 1, int(rng.integers(96)), at, r, 1.0))
+    got = eight.step(work)
+    theirs = [int(got.tokens[seat]) for seat in seats]
+    assert mine == theirs, f"at position {at}"
+
+
+def test_fastest_numerics_are_close_but_promise_no_bits():
+  e = Engine(1, row_block=0, copies=1)
+  rows, kv = serve(e, 0, 1)
+  _, logits, prefilled = expected()
+  for position, row in rows.items():
+    np.testing.assert_allclose(row, logits[position], rtol=0, atol=1e-4)
+  np.testing.assert_allclose(kv, prefilled, rtol=0, atol=1e-4)
+  assert "does not promise" in type(OPTIONS).__doc__
+
+
+@pytest.mark.parametrize("lengths", [(3, 25, 31), (2, 32, 33)])
+def test_forward_gives_a_prefix_the_same_bits(lengths):
+  """From two rows to several blocks of rows, and beside other sequences."""
+  text = np.array([expected()[0] + (1, 2)] * 2, np.int32)
+  whole = np.asarray(forward(TINY, harness.tiny_params(), text, OPTIONS))
+  np.testing.assert_array_equal(whole[0], whole[1])
+  for n in lengths:
+    part = forward(
+      TINY, harness.tiny_params(), jnp.asarray(text[:1, :n]), OPTIONS
+    )
+    np.testing.assert_array_equal(np.asarray(part)[0], whole[0, :n])
