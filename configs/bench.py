@@ -16,6 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
   """The shipped model, and one of 464 MB with random weights."""
   config = ml_collections.ConfigDict()
   config.only = ""  # names with commas; "": all
+  config.only_models = ""  # likewise
   config.quick = False
   config.ranks = 8
   config.policies = (
@@ -68,12 +69,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.cache_lens = (512, 2048, 8192)
   config.dispatch_ranks = (2, 4, 8)
   config.contexts = (256, 1024)  # of `layout`
+  config.pause_s = 0.0  # between two steps of `ready`
 
   # What `quick` puts in place of the above.
   tiny = {
     "checkpoint": "",
     "model": {
-      "n_layers": 2,
+      "n_layers": 1,
       "d_model": 32,
       "n_heads": 2,
       "n_kv_heads": 1,
@@ -95,7 +97,7 @@ def get_config() -> ml_collections.ConfigDict:
   }
   config.quick_changes = {
     "ranks": 2,
-    "policies": "none,restart_cached,mesh_shrink,kv_restore",
+    "policies": "none,restart_cached,kv_restore",
     "models": {"tiny": tiny},
     "pairs": 2,
     "block_steps": 2,
@@ -105,5 +107,6 @@ def get_config() -> ml_collections.ConfigDict:
     "cache_lens": (32, 64),
     "dispatch_ranks": (2,),
     "contexts": (32,),
+    "pause_s": 0.05,  # else a busy machine starves the compiler
   }
   return config

@@ -1,7 +1,8 @@
 """Measures what the project promises, as ratios within one run.
 
   python -m experiments.bench --config=configs/bench.py --workdir=DIR \
-      [--config.only=stall,checkpoint] [--config.quick=True]
+      [--config.only=stall,checkpoint] [--config.only_models=shipped] \
+      [--config.quick=True]
 
 Each benchmark prints a small table and writes DIR/<name>.json with its
 samples; the end is DIR/bench.md: target, measured, met.
@@ -31,6 +32,7 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
+from experiments import bench_engine
 from experiments import bench_models as models
 from experiments import bench_record as record
 from experiments.provenance import provenance
@@ -67,8 +69,7 @@ def chosen(only: str | Sequence[str]) -> list[str]:
   Raises:
     ValueError: one of them is unknown.
   """
-  names = only.split(",") if isinstance(only, str) else list(only)
-  asked = [name.strip() for name in names if name.strip()]
+  asked = models.listed(only)
   for name in asked:
     if name not in BENCHMARKS:
       raise ValueError(
@@ -93,11 +94,14 @@ def run(
   results = []
   for name in names:
     start = time.monotonic()
+    if name == "stall":  # it has engines of its own, and the machine for them
+      bench_engine.close_all()
     result = importlib.import_module(BENCHMARKS[name]).run(settings, workdir)
     results.append(result)
     record.write(result, workdir, origin)
     print(record.text(result))
     print(f"({name}: {time.monotonic() - start:.0f} s)\n", flush=True)
+  bench_engine.close_all()
   summary = record.table(record.target_rows(results))
   parts = [f"# Benchmarks\n\n`{origin['command']}`\n", summary]
   parts += ["\n" + record.text(result) for result in results]

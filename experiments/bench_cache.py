@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from experiments import bench_models as models
-from experiments.bench_program import Program, program
+from experiments.bench_program import Program, memory, program
 from experiments.bench_record import Cell, Result, Target, stat
 from resilient_moe.mesh.executables import compiler_options
 from resilient_moe.mesh.programs import InstanceShape, lower_rank_programs
@@ -75,12 +75,12 @@ class Commit:
 
   @property
   def temp_bytes(self) -> int:
-    return int(self._compiled.memory_analysis().temp_size_in_bytes)
+    return int(memory(self._compiled).temp_size_in_bytes)
 
   @property
   def unaliased_bytes(self) -> int:
     """Bytes of the result that are not the donated cache's own."""
-    found = self._compiled.memory_analysis()
+    found = memory(self._compiled)
     out = int(found.output_size_in_bytes) - int(found.alias_size_in_bytes)
     return max(out, 0)
 

@@ -4,7 +4,7 @@ import pathlib
 import time
 
 from experiments import bench_models as models
-from experiments.bench_engine import Engine
+from experiments.bench_engine import Engine, shared
 from experiments.bench_record import Cell, Result, Target, paired, stat
 from resilient_moe.model.step import cache_shape
 from resilient_moe.runtime.kv_checkpoint import KVCheckpointer
@@ -20,12 +20,8 @@ def run(settings: models.Settings, workdir: pathlib.Path) -> Result:
   samples: dict[str, list[float]] = {}
   targets = []
   for name, model in settings.models.items():
-    engine = Engine(
-      name, model, settings, workdir, "kv_restore", {"ready": "none"}
-    )
+    engine = shared(name, model, settings, workdir)
     engine.backend.checkpointer, kept = None, engine.backend.checkpointer
-    assert kept is not None
-    kept.close()
     state = engine.decoding()
     for mode in MODES:
       found = _pairs(engine, state, mode, settings)
@@ -45,7 +41,7 @@ def run(settings: models.Settings, workdir: pathlib.Path) -> Result:
         f"{name}, {mode}: decode with KV checkpointing on", slower,
         LIMIT_PERCENT, "% slower",
       ))  # fmt: skip
-    engine.close()
+    engine.backend.checkpointer = kept
   note = (
     f"a block: {settings.block_steps} decode steps from the same state, and "
     "the time until the last one is mirrored; off and on take turns at being "

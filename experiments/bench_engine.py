@@ -23,6 +23,27 @@ from resilient_moe.serving.scheduler import (
 )
 from resilient_moe.serving.state import SchedulerState, accept, with_ranks
 
+# Several benchmarks use the same engine: it takes long to build.
+POLICY = "kv_restore"
+_OPEN: dict[str, "Engine"] = {}
+
+
+def shared(
+  name: str, model: models.Model, settings: models.Settings,
+  workdir: pathlib.Path,
+) -> "Engine":  # fmt: skip
+  """The model's engine with everything on but the ready meshes."""
+  if name not in _OPEN:
+    kwargs = {"ready": "none"}
+    _OPEN[name] = Engine(name, model, settings, workdir, POLICY, kwargs)
+  return _OPEN[name]
+
+
+def close_all() -> None:
+  """Closes the shared engines."""
+  while _OPEN:
+    _OPEN.popitem()[1].close()
+
 
 class Engine:
   """A backend and the scheduler's state, without the gateway."""

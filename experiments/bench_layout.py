@@ -14,12 +14,11 @@ import numpy as np
 from experiments import bench_models as models
 from experiments.bench_record import Cell, Result, paired, stat
 from resilient_moe.mesh.executables import compiler_options
-from resilient_moe.model.attention import attend
+from resilient_moe.model.attention import Block, attend
 from resilient_moe.model.config import ModelConfig, StepOptions
 
 ROWS = 16  # sequences in the batch
 PAGE = 16  # positions of a small page
-DECODE = (0, 1)
 
 
 def run(settings: models.Settings, workdir: pathlib.Path) -> Result:
@@ -34,8 +33,10 @@ def run(settings: models.Settings, workdir: pathlib.Path) -> Result:
       found = models.interleaved(
         {
           "slots": _slots(config, options, context),
-          f"pages of {block}": _pages(config, options, context, block),
-          f"pages of {PAGE}": _pages(config, options, context, PAGE),
+          **{
+            f"pages of {p}": _pages(config, options, context, p)
+            for p in sorted({PAGE, block})
+          },
         },
         settings.calls,
       )
@@ -69,7 +70,7 @@ def _slots(
   size, heads = options.kv_block, 2 * config.n_kv_heads
   shape = (config.n_layers, ROWS, heads, options.cache_len, config.head_dim)
 
-  def read(cache: jax.Array, table: jax.Array, layer: jax.Array):
+  def read(cache: jax.Array, table: jax.Array, layer: jax.Array) -> Block:
     del table
 
     def block(j: jax.Array) -> jax.Array:
@@ -86,13 +87,13 @@ def _slots(
 def _pages(
   config: ModelConfig, options: StepOptions, context: int, page: int
 ) -> Callable[[], None]:
-  """A pool of pages and a table that names each sequence's: [L, P, 2K, p, d]."""
+  """A pool of pages and each sequence's table: [L, P, 2K, p, d]."""
   size, heads, d = options.kv_block, 2 * config.n_kv_heads, config.head_dim
   count = options.cache_len // page
   shape = (config.n_layers, ROWS * count, heads, page, d)
   each = size // page
 
-  def read(cache: jax.Array, table: jax.Array, layer: jax.Array):
+  def read(cache: jax.Array, table: jax.Array, layer: jax.Array) -> Block:
     def block(j: jax.Array) -> jax.Array:
       of = jax.lax.dynamic_slice(table, (0, j * each), (ROWS, each))
       found = cache[layer, of]  # [B, each, 2K, page, d]
@@ -121,13 +122,15 @@ def _call(
   start = np.full(ROWS, context - 1, np.int32)
   cache = rng.standard_normal(cache_shape, np.float32)
 
-  def layers(q, kv, start, cache, table):
-    def one(layer, out):
-      got = attend(
+  def layers(
+    q: jax.Array, kv: jax.Array, start: jax.Array, cache: jax.Array,
+    table: jax.Array,
+  ) -> jax.Array:  # fmt: skip
+    def one(layer: jax.Array, out: jax.Array) -> jax.Array:
+      return attend(
         q + out, kv, start, jnp.ones_like(start), read(cache, table, layer),
         options,
       )  # fmt: skip
-      return got
 
     return jax.lax.fori_loop(0, config.n_layers, one, jnp.zeros_like(q))
 

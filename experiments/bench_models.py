@@ -49,6 +49,7 @@ class Settings:
   cache_lens: tuple[int, ...]
   dispatch_ranks: tuple[int, ...]
   contexts: tuple[int, ...]
+  pause_s: float
 
 
 def read(config: ml_collections.ConfigDict) -> Settings:
@@ -62,15 +63,26 @@ def read(config: ml_collections.ConfigDict) -> Settings:
   fields.pop("only")
   if fields.pop("quick"):
     fields.update(changes)
-  policies = fields.pop("policies")
-  if isinstance(policies, str):
-    policies = tuple(p.strip() for p in policies.split(","))
+  policies = listed(fields.pop("policies"))
+  names = listed(fields.pop("only_models"))
   try:
     models = {n: Model(**m) for n, m in fields.pop("models").items()}
-    return Settings(policies=tuple(policies), models=models, **fields)
+    if unknown := [n for n in names if n not in models]:
+      raise ValueError(
+        f"config.only_models: unknown model {unknown[0]!r}; choices: "
+        f"{', '.join(models)}"
+      )
+    models = {n: m for n, m in models.items() if not names or n in names}
+    return Settings(policies=policies, models=models, **fields)
   except TypeError as error:
-    names = ", ".join(f.name for f in dataclasses.fields(Settings))
-    raise ValueError(f"config: {error}; keys: {names}") from error
+    keys = ", ".join(f.name for f in dataclasses.fields(Settings))
+    raise ValueError(f"config: {error}; keys: {keys}") from error
+
+
+def listed(value: str | Sequence[str]) -> tuple[str, ...]:
+  """The names in "a,b" or in a list; "" has none."""
+  parts = value.split(",") if isinstance(value, str) else value
+  return tuple(part.strip() for part in parts if part.strip())
 
 
 def devices(n: int) -> list[jax.Device]:

@@ -1,17 +1,22 @@
 """How long every policy plans at 10,240 ranks."""
 
+import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from experiments.bench_models import Settings
 from experiments.bench_record import Cell, Result, Target, stat
 from resilient_moe.recovery import (
+  ClusterView,
   Infeasible,
   Plan,
   RanksLost,
+  Status,
   bare_view,
   big_view,
   load,
@@ -26,30 +31,27 @@ def run(settings: Settings, workdir: pathlib.Path) -> Result:
   """Times `recover`, the check of its plan, and `prepare`."""
   del workdir
   n = settings.plan_ranks
-  view = big_view(n, n_requests=min(2000, 4 * n))
+  bigger = big_view(n, n_requests=min(2000, 4 * n))
   failure = RanksLost((n // 2,))
   rows: list[dict[str, Cell]] = []
   samples: dict[str, list[float]] = {}
   targets = []
   for name in policy_names():
     policy = load(name)
+    view = _with_spares(bigger, policy.spares)
     plan = policy.recover(view, failure)
     bare = bare_view(
-      n, view.n_experts, spares=policy.spares, ranks_per_host=8,
-      hosts_per_rack=4, top_k=view.top_k,
+      n, bigger.n_experts, spares=policy.spares, ranks_per_host=8,
+      hosts_per_rack=4, top_k=bigger.top_k,
     )  # fmt: skip
+    few = max(settings.plan_repeats // 4, 1)
+    planning = functools.partial(policy.recover, view, failure)
+    checked = functools.partial(recover_checked, policy, view, failure)
+    preparing = functools.partial(policy.prepare, bare)
     ms = {
-      "recover": _ms(
-        lambda p=policy: p.recover(view, failure), settings.plan_repeats
-      ),
-      "recover+check": _ms(
-        lambda p=policy: recover_checked(p, view, failure),
-        max(settings.plan_repeats // 4, 1),
-      ),
-      "prepare": _ms(
-        lambda p=policy, b=bare: p.prepare(b),
-        max(settings.plan_repeats // 4, 1),
-      ),
+      "recover": _ms(planning, settings.plan_repeats),
+      "recover+check": _ms(checked, few),
+      "prepare": _ms(preparing, few),
     }
     samples |= {f"{name}/{what}/ms": values for what, values in ms.items()}
     row: dict[str, Cell] = {"policy": name, "answer": _answer(plan)}
@@ -61,6 +63,24 @@ def run(settings: Settings, workdir: pathlib.Path) -> Result:
         Target(f"{name} plans for {n:,} ranks", median, LIMIT_MS, "ms")
       )
   return Result("plan", rows, samples, targets)
+
+
+def _with_spares(view: ClusterView, count: int) -> ClusterView:
+  """The view with idle ranks beside the mesh."""
+  fields = {
+    name: np.concatenate([old, np.full((count, *old.shape[1:]), new)])
+    for name, old, new in (
+      ("status", view.status, Status.SPARE),
+      ("role", view.role, view.role[0]),
+      ("host", view.host, view.host[-1]),
+      ("rack", view.rack, view.rack[-1]),
+      ("slots", view.slots, -1),
+    )
+  }
+  changes: dict[str, Any] = {
+    n: x.astype(getattr(view, n).dtype) for n, x in fields.items()
+  }
+  return dataclasses.replace(view, **changes)
 
 
 def _answer(plan: Plan | Infeasible) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +38,14 @@ class Program:
   @property
   def temp_bytes(self) -> int:
     """What the step allocates beside its arguments and results."""
-    return int(self.compiled.memory_analysis().temp_size_in_bytes)
+    return int(memory(self.compiled).temp_size_in_bytes)
+
+
+def memory(compiled: jax.stages.Compiled) -> Any:
+  """What the compiler says about a program's memory."""
+  found = compiled.memory_analysis()
+  assert found is not None  # no backend that we use is silent
+  return found
 
 
 @functools.lru_cache(maxsize=32)
@@ -72,13 +78,6 @@ def program(
   routing = jax.tree.map(place, _routing(shape, ranks), specs[2])
   packed = place(_batch(shape, ranks, chunk, context), specs[3])
   return Program(compiled, (params, cache, routing, packed), compile_s)
-
-
-def with_chunks(
-  make: Callable[[int], Program], widths: Sequence[int]
-) -> dict[str, Program]:
-  """The decode and chunk steps of a variant, by name."""
-  return {("chunk" if w else "decode"): make(w) for w in widths}
 
 
 def _random(s: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -4,7 +4,7 @@ import pathlib
 import time
 
 from experiments import bench_models as models
-from experiments.bench_engine import Engine
+from experiments.bench_engine import Engine, shared
 from experiments.bench_record import Cell, Result, Target, stat
 from resilient_moe.recovery import load
 from resilient_moe.serving.state import SchedulerState
@@ -20,7 +20,9 @@ def run(settings: models.Settings, workdir: pathlib.Path) -> Result:
   samples: dict[str, list[float]] = {}
   targets = []
   for name, model in settings.models.items():
-    engine = Engine(name, model, settings, workdir, POLICY, {"ready": "none"})
+    engine = shared(name, model, settings, workdir)
+    # Its own checkpoints would add to what is measured.
+    engine.backend.checkpointer, kept = None, engine.backend.checkpointer
     state = engine.decoding()
     before = _rss()
     count = settings.pairs * settings.block_steps
@@ -46,7 +48,7 @@ def run(settings: models.Settings, workdir: pathlib.Path) -> Result:
       f"{name}: median decode while {settings.ranks} meshes are made ready",
       meanwhile.median / base, LIMIT, "times the usual",
     ))  # fmt: skip
-    engine.close()
+    engine.backend.checkpointer = kept
   note = (
     "compiling: a low-priority process compiles; running: each mesh's "
     "programs are run once, one between two steps, which the step's time "
@@ -81,6 +83,7 @@ def _making_ready(
     for _ in range(settings.block_steps):
       works = backend.readiness.working
       seconds, now = engine.step(now, backend.poll)
+      time.sleep(settings.pause_s)
       (running if works else compiling).append(seconds)
   return compiling, running, time.monotonic() - start
 

@@ -97,16 +97,18 @@ def show(value: Cell) -> str:
 
 def table(rows: Sequence[Mapping[str, Cell]]) -> str:
   """A Markdown table; columns in the order in which they first appear."""
+  if not rows:
+    return "(nothing)"
   names = list(dict.fromkeys(name for row in rows for name in row))
   body = [[show(row.get(name)) for name in names] for row in rows]
   widths = [
     max(len(line[i]) for line in [names, *body]) for i in range(len(names))
   ]
-  lines = [names, ["-" * width for width in widths], *body]
-  return "\n".join(
-    "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |"
-    for line in lines
-  )
+  lines = []
+  for line in [names, ["-" * width for width in widths], *body]:
+    cells = [c.ljust(w) for c, w in zip(line, widths, strict=True)]
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines)
 
 
 def target_rows(results: Sequence[Result]) -> list[dict[str, Cell]]:

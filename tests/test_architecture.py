@@ -198,7 +198,8 @@ def test_every_package_has_a_door():
   for folder in sorted(folders):
     door = folder / "__init__.py"
     assert door.is_file(), f"{_name(folder)} has no __init__.py"
-    if folder != ROOT / "resilient_moe":  # lazy; it has tests of its own
+    # These two are lazy: a door that imports would bring JAX to everybody.
+    if folder not in (ROOT / "resilient_moe", ROOT / "resilient_moe/runtime"):
       assert door_findings(door.read_text()) == [], _name(door)
 
 

@@ -8,7 +8,7 @@ the step programs to be had anew.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -114,7 +114,7 @@ def step_specs(shape: InstanceShape) -> tuple[tuple, tuple]:
   return arguments, (P(None, AXIS), P(AXIS))
 
 
-def step_function(shape: InstanceShape, n_ranks: int):
+def step_function(shape: InstanceShape, n_ranks: int) -> Callable:
   """The rank function, under a name that tells what it was built for."""
   fn = functools.partial(rank_step, shape.config, shape.options, n_ranks)
   named = lambda *args: fn(*args)
@@ -151,14 +151,16 @@ def lower_logical_step(
   return jax.jit(logical_step(shape, n_ranks)).lower(*shapes)
 
 
-def logical_step(shape: InstanceShape, n_ranks: int):
+def logical_step(shape: InstanceShape, n_ranks: int) -> Callable:
   """`rank_step` vectorised over a stacked rank axis."""
   fn = step_function(shape, n_ranks)
   dense = jax.tree.map(lambda _: None, dense_shapes(shape.config))
   stacks = jax.tree.map(lambda _: 1, expert_shapes(shape, 1))
   axes = (with_experts(dense, stacks), 1, None, 0)
 
-  def one_rank(params: Tree, cache: Any, routing: Tree, ints: Any):
+  def one_rank(
+    params: Tree, cache: jax.Array, routing: Tree, ints: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
     expand = lambda x: x[:, None]
     experts = params["groups"][-1]["moe"]["experts"]
     params = with_experts(params, jax.tree.map(expand, experts))

@@ -47,6 +47,7 @@ class Portable:
     return cls(*pickle.loads(data))
 
 
+_SWITCH = "jax_enable_compilation_cache"
 _lock = threading.Lock()
 _compiling = 0  # compilations under way, on any thread
 _setting = True  # what the cache's switch was before them
@@ -63,7 +64,7 @@ def compiled_here() -> Iterator[None]:
   global _compiling, _setting
   with _lock:
     if not _compiling:
-      _setting = jax.config.jax_enable_compilation_cache
+      _setting = bool(getattr(jax.config, _SWITCH))
       _switch_cache(False)
     _compiling += 1
   try:
@@ -76,8 +77,8 @@ def compiled_here() -> Iterator[None]:
 
 
 def _switch_cache(on: bool) -> None:
-  if jax.config.jax_enable_compilation_cache != on:
-    jax.config.update("jax_enable_compilation_cache", on)
+  if getattr(jax.config, _SWITCH) != on:
+    jax.config.update(_SWITCH, on)
     compilation_cache.reset_cache()  # the switch is looked up once
 
 

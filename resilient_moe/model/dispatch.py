@@ -40,7 +40,9 @@ def make_exchange(options: StepOptions, n_ranks: int) -> Exchange:
 def _local(options: StepOptions) -> Exchange:
   kernel = KERNELS[options.experts]
 
-  def exchange(experts: Any, layer: Any, x: jax.Array, slots: jax.Array):
+  def exchange(
+    experts: Any, layer: jax.Array, x: jax.Array, slots: jax.Array
+  ) -> jax.Array:
     n, k = slots.shape
     held = experts["gate_up"].shape[1]
     flat = jnp.where(slots >= 0, slots, held).reshape(-1)
@@ -59,7 +61,9 @@ def _all_gather(options: StepOptions, n_ranks: int) -> Exchange:
   """
   kernel = KERNELS[options.experts]
 
-  def exchange(experts: Any, layer: Any, x: jax.Array, slots: jax.Array):
+  def exchange(
+    experts: Any, layer: jax.Array, x: jax.Array, slots: jax.Array
+  ) -> jax.Array:
     n, k = slots.shape
     held = experts["gate_up"].shape[1]
     me = jax.lax.axis_index(AXIS)
@@ -91,7 +95,9 @@ def _all_to_all(options: StepOptions, n_ranks: int) -> Exchange:
   """Tokens travel to their experts' ranks, in as many rounds as they need."""
   kernel = KERNELS[options.experts]
 
-  def exchange(experts: Any, layer: Any, x: jax.Array, slots: jax.Array):
+  def exchange(
+    experts: Any, layer: jax.Array, x: jax.Array, slots: jax.Array
+  ) -> jax.Array:
     n, k = slots.shape
     held = experts["gate_up"].shape[1]
     size = round_size(n, k, held, n_ranks)

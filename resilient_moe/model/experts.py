@@ -59,7 +59,7 @@ def run_blocks(
   rank's loop runs after the other.
   """
   call = jax.custom_batching.sequential_vmap(
-    lambda *args: _run_blocks(*args, fixed_block=fixed_block)
+    lambda e, i, x, t, s: _run_blocks(e, i, x, t, s, fixed_block)
   )
   return call(experts, layer, x, token, slots)
 

@@ -41,7 +41,7 @@ def _forward(
   length = jnp.full((b,), t, jnp.int32)
   split = lambda a: a.reshape(b, t, *a.shape[1:])
 
-  def attend_all(_, q, kv):
+  def attend_all(_: jax.Array, q: jax.Array, kv: jax.Array) -> jax.Array:
     out = attend(split(q), split(kv), start, length, None, options)
     return out.reshape(b * t, *out.shape[2:])
 
@@ -85,7 +85,7 @@ def train_forward(
   positions = jnp.tile(jnp.arange(t, dtype=jnp.int32), b)
   split = lambda a: a.reshape(b, t, *a.shape[1:])
 
-  def attend_all(_, q, kv):
+  def attend_all(_: jax.Array, q: jax.Array, kv: jax.Array) -> jax.Array:
     out = attend_plain(split(q), split(kv))
     return out.reshape(b * t, *out.shape[2:])
 

@@ -41,7 +41,9 @@ def run_layers(
     layer_params = _without_experts(group)
     n = group["mlp_norm"].shape[0]
 
-    def body(x: jax.Array, scanned: tuple, experts=experts, first=first):
+    def body(
+      x: jax.Array, scanned: tuple, experts: Any = experts, first: int = first
+    ) -> tuple[jax.Array, tuple]:
       index, layer = scanned
       before = lambda w, r: _before_attention(config, w, *r)
       q, kv = rowwise(before, layer["attention"], (x, positions), row_block)

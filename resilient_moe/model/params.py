@@ -43,6 +43,7 @@ class ParamSpec:
 
 
 def is_spec(x: Any) -> bool:
+  """For `jax.tree`: a `ParamSpec` is a leaf."""
   return isinstance(x, ParamSpec)
 
 
@@ -114,7 +115,8 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
   """Random initial values of every parameter."""
   specs, tree = jax.tree.flatten(describe(config), is_leaf=is_spec)
   keys = jax.random.split(key, len(specs))
-  return tree.unflatten([_initial(s, k) for s, k in zip(specs, keys)])
+  values = [_initial(s, k) for s, k in zip(specs, keys, strict=True)]
+  return jax.tree.unflatten(tree, values)
 
 
 def _initial(spec: ParamSpec, key: jax.Array) -> jax.Array:

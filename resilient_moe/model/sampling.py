@@ -18,8 +18,11 @@ def sample(
   """
   logits = logits.astype(jnp.float32)
 
-  def noisy(_) -> jax.Array:
-    def one(row, seed, position, temperature):
+  def noisy(_: int) -> jax.Array:
+    def one(
+      row: jax.Array, seed: jax.Array, position: jax.Array,
+      temperature: jax.Array,
+    ) -> jax.Array:  # fmt: skip
       key = jax.random.fold_in(jax.random.key(seed), position)
       noise = jax.random.gumbel(key, row.shape, jnp.float32)
       scaled = row / jnp.maximum(temperature, 1e-6) + noise

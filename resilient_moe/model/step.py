@@ -17,7 +17,7 @@ from resilient_moe.model.attention import attend
 from resilient_moe.model.config import ModelConfig, StepOptions
 from resilient_moe.model.dispatch import AXIS, make_exchange
 from resilient_moe.model.forward import unembed
-from resilient_moe.model.layers import run_layers
+from resilient_moe.model.layers import Attend, run_layers
 from resilient_moe.model.sampling import sample
 
 Tree = dict[str, Any]
@@ -147,7 +147,7 @@ def _squeeze_experts(params: Tree) -> Tree:
 
 def _attend_cached(
   options: StepOptions, cache: jax.Array, rows: Tree, chunk: Tree
-):
+) -> Attend:
   """Decode rows attend their own slots, the chunk attends its request's."""
   b, size = options.rows, options.kv_block
   n_layers, _, heads, _, d = cache.shape
@@ -155,7 +155,9 @@ def _attend_cached(
   start = jnp.maximum(position, 0)
   length = (position >= 0).astype(jnp.int32)
 
-  def attend_step(layer: jax.Array, q: jax.Array, kv: jax.Array):
+  def attend_step(
+    layer: jax.Array, q: jax.Array, kv: jax.Array
+  ) -> jax.Array:
     def slot_block(j: jax.Array) -> jax.Array:
       index = (layer, 0, 0, j * size, 0)
       shape = (1, b, heads, size, d)

@@ -32,11 +32,11 @@ from resilient_moe.runtime.case import Case, make_policy
 from resilient_moe.runtime.device_store import DeviceStore
 from resilient_moe.runtime.emulated import EmulatedBackend
 from resilient_moe.runtime.execute import canary
+from resilient_moe.runtime.kv_checkpoint import KVCheckpointer
 from resilient_moe.runtime.logical_store import (
   LogicalExecutables,
   LogicalStore,
 )
-from resilient_moe.runtime.kv_checkpoint import KVCheckpointer
 from resilient_moe.runtime.readiness import Readiness
 from resilient_moe.runtime.weights import WeightTiers, tree_bytes
 
@@ -87,7 +87,8 @@ def plan_instance(case: Case, fresh: Fresh) -> Plans:
     view = advance(view, RestartInstance(fresh.ranks, fresh.cache))
     view = dataclasses.replace(view, epoch=fresh.epoch + 1)
   # Only what has really run is ready; the rest is to come.
-  own = frozenset[int]() if not fresh.generation else view.executable
+  own = view.executable if fresh.generation else None
+  own = own or frozenset()
   view = dataclasses.replace(
     view, ready=frozenset({own}), cached=frozenset(), executable=own
   )

@@ -74,9 +74,11 @@ class ChannelRecorder(Recorder):
 
 
 def request_to_json(request: Request) -> Message:
+  """A request as plain data."""
   return dict(vars(request))
 
 
 def request_from_json(fields: Message) -> Request:
+  """The inverse of `request_to_json`."""
   lists = {k: tuple(fields[k]) for k in ("prompt", "stop")}
   return Request(**{**fields, **lists})

@@ -51,7 +51,9 @@ class DeviceStore:
 
   # -- contents of a rank
 
-  def add(self, rank: int, dense: Tree, slots: list[Tree | None]) -> None:
+  def add(
+    self, rank: int, dense: Tree, slots: Sequence[Tree | None]
+  ) -> None:
     """Fills a rank: dense weights, and an expert's tree for each slot."""
     device = self.devices[rank]
     put = lambda x: jax.device_put(jnp.asarray(x), device)

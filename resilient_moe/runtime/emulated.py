@@ -8,7 +8,7 @@ no detection to measure; everything else is done on real arrays.
 import collections
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,8 +33,7 @@ from resilient_moe.runtime.readiness import Readiness
 from resilient_moe.runtime.weights import WeightTiers
 from resilient_moe.serving.backend import Outcome, Placed, StepAborted
 from resilient_moe.serving.recover import Record
-from resilient_moe.serving.scheduler import Chunk, StepBatch
-
+from resilient_moe.serving.scheduler import StepBatch
 
 WAIT_S = 0.02  # between two looks at the compiler
 
@@ -60,7 +59,7 @@ class EmulatedBackend:
     readiness: Readiness,
     injector: Injector,
     record: Record,
-    now_s,
+    now_s: Callable[[], float],
   ) -> None:
     self.facts = Facts(view)
     self.store = store
@@ -245,12 +244,12 @@ class EmulatedBackend:
     """Notes where requests are, and, after the commit, how far."""
     for name in batch.retired:
       self._placed.pop(name, None)
-    for part in (*batch.rows, *batch.chunks):
-      start = part.start if isinstance(part, Chunk) else part.position
-      length = part.length if isinstance(part, Chunk) else 1
-      tokens = start + length if committed else start
-      rank = batch.mesh[part.place]
-      self._placed[part.request_id] = Place(rank, part.row, tokens)
+    for r in batch.rows:
+      tokens = r.position + int(committed)
+      self._placed[r.request_id] = Place(batch.mesh[r.place], r.row, tokens)
+    for c in batch.chunks:
+      tokens = c.start + c.length * int(committed)
+      self._placed[c.request_id] = Place(batch.mesh[c.place], c.row, tokens)
 
   def _rebase_one(self) -> None:
     """Stores one request's KV anew with a holder that lives."""

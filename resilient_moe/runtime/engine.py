@@ -134,7 +134,9 @@ def _devices(case: Case, fresh: Any) -> list:
   return devices[:n]
 
 
-def _prepare(case, plans, fresh, backend, recorder) -> None:
+def _prepare(
+  case: Case, plans: Any, fresh: Any, backend: Any, recorder: ChannelRecorder
+) -> None:
   """Holds traffic until the ready meshes are ready, if the case says so."""
   from resilient_moe.runtime.assemble import redundancy_bytes
 
@@ -159,7 +161,10 @@ def _prepare(case, plans, fresh, backend, recorder) -> None:
   recorder.write("resumed", epoch=backend.view().epoch, paused=fresh.paused)
 
 
-def _run(channel, intake, plans, fresh, backend, recorder) -> None:
+def _run(
+  channel: Channel, intake: ChannelIntake, plans: Any, fresh: Any,
+  backend: Any, recorder: ChannelRecorder,
+) -> None:  # fmt: skip
   steps = {"next": fresh.first_step}
 
   def on_step(number: int, seconds: float) -> None:
@@ -178,7 +183,10 @@ def _run(channel, intake, plans, fresh, backend, recorder) -> None:
     raise
 
 
-def _successor(restart, fresh, backend, recorder, first_step) -> Message:
+def _successor(
+  restart: EngineRestart, fresh: Any, backend: Any,
+  recorder: ChannelRecorder, first_step: int,
+) -> Message:  # fmt: skip
   """What the next engine must know."""
   from resilient_moe.recovery import Status
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from resilient_moe.mesh.executables import Source
 from resilient_moe.model.step import batch_width
-from resilient_moe.recovery import actions as act
 from resilient_moe.recovery import absent, mesh_named
+from resilient_moe.recovery import actions as act
 from resilient_moe.recovery.view import Tier
 from resilient_moe.runtime.weights import tree_bytes
 from resilient_moe.serving.backend import Outcome, Placed
@@ -90,7 +90,9 @@ def _mask(b: EmulatedBackend, action: act.MaskExperts, _: Places) -> Outcome:
   return Outcome(f"{len(action.experts)} experts hidden")
 
 
-def _restore(b: EmulatedBackend, action: act.RestoreKV, placed: Places):
+def _restore(
+  b: EmulatedBackend, action: act.RestoreKV, placed: Places
+) -> Outcome:
   """Live KV from a rank that still stands, else the committed checkpoint."""
   restored, nbytes = {}, 0
   alive = b.facts.view.alive()
@@ -111,7 +113,9 @@ def _restore(b: EmulatedBackend, action: act.RestoreKV, placed: Places):
   return Outcome(detail, nbytes, str(action.tier), restored)
 
 
-def _recompute(b: EmulatedBackend, _: act.RecomputePrefix, placed: Places):
+def _recompute(
+  b: EmulatedBackend, _: act.RecomputePrefix, placed: Places
+) -> Outcome:
   return Outcome(f"{len(placed)} requests")
 
 

@@ -5,7 +5,8 @@ after an action; tests hold the two equal after every action of a run.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class Facts:
   def mesh(self) -> tuple[int, ...]:
     return tuple(self._view.mesh.tolist())
 
-  def _set(self, **fields: object) -> None:
+  def _set(self, **fields: Any) -> None:
     for value in fields.values():
       if isinstance(value, np.ndarray):
         value.setflags(write=False)
@@ -94,7 +95,7 @@ class Facts:
 
   def ready(self, name: frozenset[int], current: bool) -> None:
     """A mesh's programs have run once; perhaps they are the current ones."""
-    fields: dict[str, object] = {"ready": self._view.ready | {name}}
+    fields: dict[str, Any] = {"ready": self._view.ready | {name}}
     if current:
       fields["executable"] = name
     self._set(**fields)
@@ -107,7 +108,9 @@ class Facts:
     roles[rank] = role
     self._set(role=roles)
 
-  def _unroute(self, gone) -> None:
+  def _unroute(
+    self, gone: Callable[[np.ndarray, np.ndarray], np.ndarray]
+  ) -> None:
     """Drops table entries, keeping live copies in front."""
     entries = self._view.table.entries
     rank, slot = entries[:, :, 0], entries[:, :, 1]

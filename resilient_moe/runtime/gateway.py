@@ -87,6 +87,7 @@ class Gateway:
     self._engine: subprocess.Popen | None = None
     self._channel: Channel
     self._done = False
+    self._closing = False  # whether the engine knows that no more will come
 
   def run(self) -> None:
     """Accepts the requests, starts an engine, serves to the end."""
@@ -216,7 +217,21 @@ class Gateway:
       for event in self._channel.receive(None):
         self._event(event)
     self._channel.close()
+    self._recomputed()
     self._spawn(message["fresh"])
+
+  def _recomputed(self) -> None:
+    """Every request that had tokens is prefilled again by the next engine."""
+    begun = {
+      name: a for name, a in self._answers.items() if a.tokens and not a.reason
+    }
+    tokens = sum(
+      len(a.request.prompt) + len(a.tokens) - 1 for a in begun.values()
+    )
+    self._write(
+      "requests_moved", self._now(), kind="recompute",
+      request_ids=sorted(begun), tokens=tokens, bytes=0,
+    )  # fmt: skip
 
   def _check_engine(self) -> None:
     assert self._engine is not None

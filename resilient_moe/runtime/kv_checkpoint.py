@@ -26,7 +26,7 @@ class Record(NamedTuple):
 
   tokens: int  # positions [0, tokens) are whole
   holder: int  # rank whose memory it counts as; -1: the host's
-  index: int  # its place in the mirror
+  entry: int  # its place in the mirror
 
 
 class Segment(NamedTuple):
@@ -107,12 +107,12 @@ class KVCheckpointer:
     return mesh[(place + 1) % len(mesh)]
 
   def restore(self, request_id: str) -> np.ndarray | None:
-    """The committed KV of a request, [L, 2K, tokens, d]; None: there is none."""
+    """The committed KV of a request, [L, 2K, tokens, d]; None: nothing."""
     with self._lock:
       record = self._records.get(request_id)
     if record is None or not record.tokens:
       return None
-    return self._mirror[record.index][:, :, : record.tokens]
+    return self._mirror[record.entry][:, :, : record.tokens]
 
   def rebase(self, request_id: str, kv: np.ndarray, holder: int) -> None:
     """Stores a request's whole KV anew (its last holder is gone)."""
@@ -120,7 +120,7 @@ class KVCheckpointer:
     record = self._record(request_id, holder)
     if record is not None:
       tokens = kv.shape[2]
-      self._mirror[record.index][:, :, :tokens] = kv
+      self._mirror[record.entry][:, :, :tokens] = kv
       self._commit(request_id, record._replace(tokens=tokens, holder=holder))
 
   def forget_rank(self, rank: int) -> None:
@@ -173,7 +173,7 @@ class KVCheckpointer:
         continue  # no room, or a gap: `rebase` fills it
       lanes = data[:, s.place, s.lane : s.lane + s.length]
       at = slice(s.start, s.start + s.length)
-      self._mirror[record.index][:, :, at] = np.swapaxes(lanes, 1, 2)
+      self._mirror[record.entry][:, :, at] = np.swapaxes(lanes, 1, 2)
       self.nbytes_streamed += lanes.nbytes
       holder = s.holder if s.start == 0 else record.holder
       tokens = s.start + s.length
@@ -196,4 +196,4 @@ class KVCheckpointer:
     with self._lock:
       record = self._records.pop(request_id, None)
       if record is not None:
-        self._free.append(record.index)
+        self._free.append(record.entry)

@@ -21,6 +21,7 @@ from resilient_moe.mesh.programs import (
   with_experts,
   write_slot,
 )
+from resilient_moe.model.config import StepOptions
 from resilient_moe.model.step import (
   batch_width,
   cache_shape,
@@ -70,13 +71,13 @@ class LogicalStore:
       for chunk in shape.chunks()
     }
     self._write = jax.jit(_write_slot_of, donate_argnums=0)
-    self._write_row = jax.jit(
-      functools.partial(_write_row_of, options), donate_argnums=0
-    )
+    self._write_row = jax.jit(_write_row_of, donate_argnums=0)
 
   # -- contents of a rank
 
-  def add(self, rank: int, dense: Tree, slots: list[Tree | None]) -> None:
+  def add(
+    self, rank: int, dense: Tree, slots: Sequence[Tree | None]
+  ) -> None:
     put = lambda x: jax.device_put(jnp.asarray(x), self.devices[0])
     if not self._dense:
       self._dense = jax.tree.map(put, dense)
@@ -193,7 +194,9 @@ class LogicalStore:
   ) -> tuple[jax.Array, np.ndarray, jax.Array]:
     return self._run(self._bind(mesh), mesh, width, routing, ints)
 
-  def _run(self, stack: Tree, mesh: Mesh, width: int, routing, ints):
+  def _run(
+    self, stack: Tree, mesh: Mesh, width: int, routing: Tree, ints: np.ndarray
+  ) -> tuple[jax.Array, np.ndarray, jax.Array]:
     program, _ = self.program(mesh, width)
     packed = jax.device_put(ints, self.devices[0])
     params = with_experts(self._dense, stack["experts"])
@@ -222,11 +225,16 @@ class LogicalStore:
     return source
 
 
-def _commit_all(options, chunk: int, cache, delta, ints) -> jax.Array:
+def _commit_all(
+  options: StepOptions, chunk: int, cache: jax.Array, delta: jax.Array,
+  ints: jax.Array,
+) -> jax.Array:  # fmt: skip
   """The commit of every rank, [L, R, ...] along axis 1."""
   commit = commit_chunk if chunk else commit_rows
 
-  def one(cache, delta, ints):
+  def one(
+    cache: jax.Array, delta: jax.Array, ints: jax.Array
+  ) -> jax.Array:
     return commit(options, cache[:, None], delta[:, None], ints[None])[:, 0]
 
   return jax.vmap(one, in_axes=(1, 1, 0), out_axes=1)(cache, delta, ints)
@@ -241,9 +249,10 @@ def _write_slot_of(experts: Tree, new: Tree, rank: Any, slot: Any) -> Tree:
   return jax.tree.map(put, experts, one)
 
 
-def _write_row_of(options, cache, kv, rank, row, start) -> jax.Array:
+def _write_row_of(
+  cache: jax.Array, kv: jax.Array, rank: Any, row: Any, start: Any
+) -> jax.Array:
   """KV [L, 2K, width, d] into a row of a rank, behind `start`."""
-  del options
   zero = jnp.int32(0)
   index = (zero, rank, row, zero, start, zero)
   return jax.lax.dynamic_update_slice(cache, kv[:, None, None], index)

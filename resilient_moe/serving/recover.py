@@ -9,6 +9,8 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable
 
+import numpy as np
+
 from resilient_moe.recovery.actions import (
   Action,
   CopyExperts,
@@ -26,7 +28,7 @@ from resilient_moe.recovery.policy import (
   RecoveryPolicy,
   recover_checked,
 )
-from resilient_moe.recovery.view import ClusterView
+from resilient_moe.recovery.view import ClusterView, Status
 from resilient_moe.serving.backend import Backend, Outcome, Placed
 from resilient_moe.serving.state import (
   SchedulerState,
@@ -55,7 +57,7 @@ class EngineRestart(Exception):
 
 @dataclasses.dataclass
 class Recovery:
-  """The recovery side of a serve loop: its policy and what is left to repair."""
+  """The recovery side of a serve loop: its policy and the repair to do."""
 
   policy: RecoveryPolicy
   backend: Backend
@@ -168,7 +170,9 @@ def carry_out(
     return state, Outcome(f"{len(action.requests)} requests")
   outcome = backend.execute(action, ())
   view = backend.view()
-  return with_ranks(state, view.mesh, view.rows_per_rank), outcome
+  lost = np.flatnonzero(view.status == Status.LOST)
+  state = with_ranks(state, view.mesh, view.rows_per_rank, lost.tolist())
+  return state, outcome
 
 
 def _place(

@@ -169,7 +169,8 @@ def complete(
 ) -> tuple[SchedulerState, tuple[Emission, ...], tuple[Finish, ...]]:
   """The state after a step that counts; `tokens` [R, B + 1] int32."""
   sequences = dict(state.sequences)
-  emissions, finished = [], []
+  emissions: list[Emission] = []
+  finished: list[Finish] = []
   for row in batch.rows:
     token = int(tokens[row.place, row.row]) if row.samples else None
     _advance(sequences, row.request_id, 1, token, emissions, finished)
@@ -213,8 +214,7 @@ def refusal(
 ) -> str | None:  # fmt: skip
   """Why a request can't be accepted; None: it can."""
   if prompt_tokens < 1:
-    raise_reason = "the prompt is empty; at least 1 token"
-    return raise_reason
+    return "the prompt is empty; at least 1 token"
   if max_new_tokens < 1:
     return f"max_new_tokens={max_new_tokens}; at least 1"
   if prompt_tokens + max_new_tokens > max_len:

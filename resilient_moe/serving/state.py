@@ -31,19 +31,27 @@ class SchedulerState:
 
 
 def with_ranks(
-  state: SchedulerState, mesh: Iterable[int], rows_per_rank: int
+  state: SchedulerState,
+  mesh: Iterable[int],
+  rows_per_rank: int,
+  lost: Iterable[int] = (),
 ) -> SchedulerState:
-  """Rows for exactly the ranks of the mesh; who sat elsewhere has no row.
+  """Rows for exactly the ranks of the mesh.
 
-  Their tokens are kept: such a request is in the queue until a plan places
-  it.
+  Who sits elsewhere takes part in no step, but keeps the seat, so that a plan
+  can still see and hand over its KV; on a `lost` rank there is none.
   """
-  empty: Rows = (None,) * rows_per_rank
-  rows = {int(r): state.rows.get(int(r), empty) for r in mesh}
-  sequences = {
-    name: s if s.rank in rows or s.rank < 0 else _unplaced(s)
-    for name, s in state.sequences.items()
+  seats: dict[int, list[str | None]] = {
+    int(r): [None] * rows_per_rank for r in mesh
   }
+  gone = {int(r) for r in lost}
+  sequences = dict(state.sequences)
+  for name, s in state.sequences.items():
+    if s.rank in seats:
+      seats[s.rank][s.row] = name
+    if s.rank in gone:
+      sequences[name] = dataclasses.replace(s, computed=0)
+  rows = {rank: tuple(names) for rank, names in seats.items()}
   return dataclasses.replace(state, rows=rows, sequences=sequences)
 
 
