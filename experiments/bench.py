@@ -54,13 +54,33 @@ BENCHMARKS = {
   )
 }
 
-_VALUES = flags.FlagValues()
-config_flags.DEFINE_config_file(
-  "config", "configs/bench.py", "Sizes.", flag_values=_VALUES
-)
-flags.DEFINE_string(
-  "workdir", None, "Where results go.", flag_values=_VALUES
-)
+
+def parse(
+  argv: Sequence[str],
+) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
+  """The config and the work directory of a command line.
+
+  Raises:
+    ValueError: with the reason.
+  """
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file(
+    "config", None, "Sizes.", flag_values=values, sys_argv=list(argv)
+  )
+  flags.DEFINE_string(
+    "workdir", None, "Where the results go.", flag_values=values
+  )
+  try:
+    rest = values(list(argv))[1:]
+  except (flags.Error, AttributeError, OSError, KeyError) as error:
+    raise ValueError(" ".join(str(error).split())) from error
+  if rest:
+    raise ValueError(f"{rest[0]!r} is neither a flag nor a value of one")
+  if not values.config:
+    raise ValueError("--config is missing; there is configs/bench.py")
+  if not values.workdir:
+    raise ValueError("--workdir is missing; needed is a folder for results")
+  return values.config, pathlib.Path(values.workdir).absolute()
 
 
 def chosen(only: str | Sequence[str]) -> list[str]:
@@ -112,19 +132,14 @@ def run(
 
 def main(argv: Sequence[str]) -> int:
   """Parses the command line and runs; the exit status."""
-  rest = _VALUES(list(argv))[1:]
   try:
-    if rest:
-      raise ValueError(f"{rest[0]!r} is neither a flag nor a value of one")
-    if not _VALUES.workdir:
-      raise ValueError("--workdir is missing; needed is a folder for results")
-    config = _VALUES.config
+    config, workdir = parse(argv)
     settings = models.read(config)
     needed = max(settings.ranks, *settings.dispatch_ranks)
     jax.config.update("jax_num_cpu_devices", needed)
     jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.ERROR)  # orbax tells much
-    run(config, pathlib.Path(_VALUES.workdir).absolute(), argv)
+    run(config, workdir, argv)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

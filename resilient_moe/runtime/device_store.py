@@ -214,6 +214,7 @@ class DeviceStore:
   ) -> None:
     """Scatters a step's delta into the (donated) cache of each rank."""
     for place, rank in enumerate(mesh):
+      self._check(rank)
       commit = self._programs[rank][f"commit{width}"]
       self._cache[rank] = commit(
         self._cache[rank],

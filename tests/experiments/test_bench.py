@@ -42,10 +42,10 @@ def test_targets_know_whether_they_are_met(measured, at_most, met):
 def test_tables_take_the_columns_of_all_rows():
   lines = bench_record.table([{"a": 1, "b": None}, {"a": 2.5, "c": "x"}])
   assert [line.split() for line in lines.splitlines()] == [
-    "| a | b | c |".split(),
-    "| --- | - | - |".split(),
-    "| 1 | - | - |".split(),
-    "| 2.5 | - | x |".split(),
+    ["|", "a", "|", "b", "|", "c", "|"],
+    ["|", "---", "|", "-", "|", "-", "|"],
+    ["|", "1", "|", "-", "|", "-", "|"],
+    ["|", "2.5", "|", "-", "|", "x", "|"],
   ]
 
 
@@ -103,9 +103,17 @@ def test_unknown_names_are_one_clear_error(tmp_path, changes, message):
   assert not (tmp_path / "out").exists()
 
 
-def test_a_command_without_a_workdir_is_refused(capsys):
-  assert bench.main(["bench"]) == 2
-  assert "--workdir is missing" in capsys.readouterr().err
+@pytest.mark.parametrize(
+  ("argv", "message"),
+  [
+    ([], "--config is missing; there is configs/bench.py"),
+    (["--size=3"], "Unknown command line flag"),
+    (["more"], "'more' is neither a flag nor a value of one"),
+  ],
+)
+def test_a_wrong_command_is_refused(capsys, argv, message):
+  assert bench.main(["bench", *argv]) == 2
+  assert message in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from resilient_moe.model.config import EXPERT_KERNELS
-from resilient_moe.model.experts import KERNELS, block_size
+from resilient_moe.model.experts import KERNELS, _plan, block_size
 from tests.model import expert_cases as cases
 
 
@@ -71,8 +71,6 @@ def test_rows_of_empty_slots_are_never_computed(rng):
 
 def test_cost_grows_with_the_rows_and_not_with_the_experts_held(rng):
   """The block loop's trip count, by its definition of a plan."""
-  from resilient_moe.model.experts import _plan
-
   for held in (8, 256):
     slots = jnp.asarray(rng.integers(0, 8, 64), jnp.int32)
     blocks = int(_plan(slots, held, 8)[-1][-1])
@@ -81,7 +79,7 @@ def test_cost_grows_with_the_rows_and_not_with_the_experts_held(rng):
 
 
 def test_static_kernel_has_the_gradient_of_the_reference(rng):
-  gate_up, down = cases.weights()
+  gate_up, down = map(jnp.asarray, cases.weights())
   experts = {"gate_up": gate_up, "down": down}
   x = cases.tokens(1, 6)[0]
   choice = rng.integers(0, cases.E, (6, 1)).astype(np.int32)

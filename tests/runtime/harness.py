@@ -11,15 +11,17 @@ import functools
 import hashlib
 import json
 import pathlib
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any, cast
 
 import jax
+import jax.monitoring
 import numpy as np
 
 from resilient_moe.faults import Schedule
-from resilient_moe.mesh.executables import Executables
+from resilient_moe.mesh.executables import Executables, step_name
 from resilient_moe.model.checkpoint import save_checkpoint
 from resilient_moe.model.config import ModelConfig
 from resilient_moe.model.params import init_params
@@ -40,6 +42,16 @@ OPTIONS = {"rows": 2, "max_len": 96, "chunk": 16, "kv_block": 16}
 
 Event = dict[str, Any]
 OnBackend = Callable[[EmulatedBackend], None]
+COMPILED: list[str] = []  # grows by one with each compilation in this process
+
+
+def _count(event: str, duration_secs: float, **unused: str | int) -> None:
+  del duration_secs, unused
+  if event.endswith("backend_compile_duration"):
+    COMPILED.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 @dataclasses.dataclass
@@ -69,6 +81,21 @@ class Lab:
         executables.compile_for(chunk, jax.devices()[:size])
     return scratch
 
+  def store_of_full_mesh(
+    self, plans: assemble.Plans, scratch: pathlib.Path
+  ) -> pathlib.Path:
+    """A new scratch folder with programs of the first mesh, no other."""
+    names = [f"commit{c}" for c in plans.shape.chunks()] + ["write_slot"]
+    names += [
+      step_name(c, len(plans.view.mesh)) for c in plans.shape.chunks()
+    ]
+    (scratch / "executables").mkdir(parents=True)
+    whole = self.store(plans) / "executables"
+    for name in names:
+      if (whole / name).is_file():
+        shutil.copy(whole / name, scratch / "executables" / name)
+    return scratch
+
   @functools.cached_property
   def twin(self) -> list[Event]:
     """The events of the fault-free run."""
@@ -96,7 +123,7 @@ def make_requests(n: int = 10, new_tokens: int = 24) -> tuple[Request, ...]:
       prompt=tuple(rng.integers(0, MODEL.vocab_size, 5 + 4 * i).tolist()),
       max_new_tokens=new_tokens + i % 3,
       seed=i,
-      temperature=0.8 * (i % 2),
+      temperature=0.8 * (i > 3),
       arrival_step=0 if i < n - 4 else 6 * (i - n + 5),
     )
     for i in range(n)
@@ -181,7 +208,8 @@ class Host:
     self.events: list[Event] = []
     self.case = case
     self.intake = ListIntake(self._accepted)
-    self.generations = 0
+    self.backends: list[EmulatedBackend] = []  # one an engine
+    self.compiled_before = 0  # programs, when the (first) fault struck
     self._lab, self._scratch = lab, scratch
     self._on_backend = on_backend or (lambda backend: None)
     self.recorder = ChannelRecorder(self._hear, time.monotonic())
@@ -216,7 +244,7 @@ class Host:
       self.case, plans, fresh, jax.devices()[:n],
       self._scratch or self._lab.store(plans), self.recorder,
     )  # fmt: skip
-    self.generations += 1
+    self.backends.append(backend)
     self._on_backend(backend)
     return plans, backend
 
@@ -251,5 +279,7 @@ class Host:
         self.intake.tokens[name].append(token)
     elif event["event"] in ("finished", "failed"):
       self.intake.ended.add(event["request_id"])
+    if event["event"] == "fault" and not self.compiled_before:
+      self.compiled_before = len(COMPILED)
     if event["event"] == "failed":
       self.intake.failed.append(event["request_id"])
