@@ -102,7 +102,7 @@ def get_config() -> ml_collections.ConfigDict:
     "pairs": 2,
     "block_steps": 2,
     "calls": 2,
-    "plan_ranks": 64,
+    "plan_ranks": 512,
     "plan_repeats": 2,
     "cache_lens": (32, 64),
     "dispatch_ranks": (2,),

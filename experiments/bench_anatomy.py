@@ -57,6 +57,9 @@ def anatomy(
   ]
   floor_s = _failed_step_s(events) + (nbytes / copyto if copyto else 0.0)
   floor_s += float(np.median(list(prefill_s.values()) or [0.0]))
+  # As of every stall, a usual gap is no part of it; it is at least one.
+  usual_s = norm.answer_gap_s or 0.0
+  floor_s = max(floor_s - usual_s, usual_s)
   theirs = baseline["affected_stall_s"]
   return Anatomy(
     verdict=str(report.verdict(events, twin)["overall"]),

@@ -44,7 +44,7 @@ def run(settings: models.Settings, workdir: pathlib.Path) -> Result:
     notes.append(f"{name}: {RESTART}'s stages: {spent}")
   notes.append(
     "by action: median steps of the median stall; floor: the failed step, "
-    "the re-prefill, the copy at np.copyto's rate and nothing else"
+    "the re-prefill, the copy at np.copyto's rate, less the usual gap"
   )
   return Result("stall", rows, samples, targets, notes)
 

@@ -142,7 +142,10 @@ def check_manifest(folder: pathlib.Path) -> None:
   file = folder / _MANIFEST
   if not file.is_file():
     raise ValueError(f"{folder}: checkpoint without {_MANIFEST}: incomplete")
-  expected = json.loads(file.read_text())
+  try:
+    expected = json.loads(file.read_text())
+  except json.JSONDecodeError as e:
+    raise ValueError(f"{file}: not valid JSON ({e})") from e
   found = _fingerprints(folder)
   for name, (size, crc) in expected.items():
     if name not in found:
@@ -191,6 +194,11 @@ def _restore(folder: pathlib.Path, wanted: Tree, config: ModelConfig) -> Tree:
     jax.tree.leaves(tree),
     strict=True,
   ):
+    if not isinstance(got, np.ndarray):  # orbax left the placeholder
+      raise ValueError(
+        f"{folder}: {jax.tree_util.keystr(key)} is missing; the config asks "
+        f"for {want.shape}"
+      )
     if got.shape != want.shape:
       raise ValueError(
         f"{folder}: {jax.tree_util.keystr(key)} has shape {got.shape}; the "

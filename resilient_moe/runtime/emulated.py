@@ -189,9 +189,13 @@ class EmulatedBackend:
         time.sleep(WAIT_S)
 
   def close(self) -> None:
+    """Ends the background work; what the checkpoints came to is recorded."""
     self.readiness.close()
     if self.checkpointer is not None:
+      lag = self.checkpointer.lag_steps()
       self.checkpointer.close()
+      nbytes = self.checkpointer.nbytes_streamed
+      self.record("checkpoint", bytes_total=nbytes, lag_steps=lag)
 
   # -- faults
 

@@ -6,11 +6,13 @@ unanswered request with the tokens that have left so far.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -119,8 +121,7 @@ class Gateway:
   def close(self) -> None:
     """Leaves no process behind, however the run ended."""
     if self._engine is not None:
-      self._engine.kill()
-      self._engine.wait()
+      _kill(self._engine)
       self._channel.close()
 
   # -- requests
@@ -192,6 +193,7 @@ class Gateway:
         [sys.executable, "-m", "resilient_moe.runtime.engine", str(fd)],
         pass_fds=[fd], stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
         env={**os.environ, **_environment(self._case)},
+        start_new_session=True,  # so that `_kill` reaches its helpers
       )  # fmt: skip
     theirs.close()
     self._closing = False
@@ -273,6 +275,13 @@ class Gateway:
   def _write(self, event: str, t: float, **fields: Any) -> None:
     self._history.write(event, t, **fields)
     self._progress({"event": event, "t": t, **fields})
+
+
+def _kill(engine: subprocess.Popen) -> None:
+  """Ends an engine and the compiler that it may have started."""
+  with contextlib.suppress(ProcessLookupError):
+    os.killpg(engine.pid, signal.SIGKILL)
+  engine.wait()
 
 
 def _environment(case: Case) -> dict[str, str]:

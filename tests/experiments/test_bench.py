@@ -85,7 +85,7 @@ def test_a_stall_beside_its_prefill_and_its_copy(prefill_steps, rest):
   assert found.rest_steps == pytest.approx(rest)
   assert found.copy_rate == pytest.approx(500 / synthetic.STEP_S / 1e9)
   assert found.speedup == pytest.approx(1.0)
-  assert found.floor_speedup == pytest.approx(6.0 / (1 + prefill_steps))
+  assert found.floor_speedup == pytest.approx(6.0)  # at least a usual gap
 
 
 @pytest.mark.parametrize(

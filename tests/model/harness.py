@@ -18,9 +18,10 @@ from jax.sharding import PartitionSpec as P
 
 from resilient_moe.mesh import programs
 from resilient_moe.mesh.executables import compiler_options
-from resilient_moe.model import ModelConfig, StepOptions, init_params, step
+from resilient_moe.model import ModelConfig, StepOptions, describe, step
 from resilient_moe.model.checkpoint import split_experts
 from resilient_moe.model.dispatch import AXIS
+from resilient_moe.model.params import ParamSpec, is_spec
 from resilient_moe.model.sampling import sample
 
 # 7 experts: no number of ranks but 1 and 7 divides them. Every kind of layer.
@@ -33,12 +34,20 @@ OPTIONS = StepOptions(rows=3, max_len=40, chunk=12, kv_block=16)
 
 
 @functools.cache
-def tiny_params(seed: int = 0) -> dict:
-  """Random weights, as NumPy, with sharper routers than the initial ones."""
-  params = init_params(TINY, jax.random.key(seed))
+def tiny_params(config: ModelConfig = TINY, seed: int = 0) -> dict:
+  """Random weights in NumPy, with sharper routers than the initial ones."""
+  rng = np.random.default_rng(seed)
+
+  def draw(spec: ParamSpec) -> np.ndarray:
+    if not spec.fan_in:
+      return rng.uniform(0.5, 1.5, spec.shape).astype(np.float32)
+    noise = rng.standard_normal(spec.shape) / np.sqrt(spec.fan_in)
+    return noise.astype(np.float32)
+
+  params = jax.tree.map(draw, describe(config), is_leaf=is_spec)
   moe = params["groups"][-1]["moe"]
   params["groups"][-1]["moe"] = {**moe, "router": moe["router"] * 4}
-  return jax.tree.map(np.asarray, params)
+  return params
 
 
 class Token(NamedTuple):

@@ -132,7 +132,11 @@ BROKEN = {
   "unknown field": (lambda f: _edited(f, depth=3), "unknown fields .'depth'"),
   "bad value": (lambda f: _edited(f, top_k=99), "top_k=99: at most"),
   "other shapes": (lambda f: _edited(f, d_model=64), "has shape .* asks for"),
-  "more experts": (lambda f: _edited(f, n_experts=9), "checkpoint|experts"),
+  "more experts": (lambda f: _edited(f, n_experts=9), "has shape .* asks for"),
+  "missing array": (
+    lambda f: _edited(f, tied_embeddings=False),
+    "'lm_head'. is missing; the config asks for",
+  ),
 }
 
 

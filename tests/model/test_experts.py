@@ -81,9 +81,9 @@ def test_cost_grows_with_the_rows_and_not_with_the_experts_held(rng):
 def test_static_kernel_has_the_gradient_of_the_reference(rng):
   gate_up, down = map(jnp.asarray, cases.weights())
   experts = {"gate_up": gate_up, "down": down}
-  x = cases.tokens(1, 6)[0]
+  x = jnp.asarray(cases.tokens(1, 6)[0])
   choice = rng.integers(0, cases.E, (6, 1)).astype(np.int32)
-  token, flat = assignments(choice, cases.E)
+  token, flat = map(jnp.asarray, assignments(choice, cases.E))
 
   def loss(x, down, compute):
     return (compute(x, {**experts, "down": down}) ** 2).sum()

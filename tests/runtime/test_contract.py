@@ -10,7 +10,7 @@ import pytest
 
 from resilient_moe import recovery
 from resilient_moe.faults import SCENARIOS, Schedule, scenario
-from resilient_moe.report import of_kind
+from resilient_moe.report.history import of_kind
 from resilient_moe.serving.recover import Unrecoverable
 from tests.runtime.harness import COMPILED, RANKS, Host, Lab, make_case
 from tests.runtime.watch import Watch
@@ -25,6 +25,8 @@ GIVES_UP = {
   *(("none", s) for s in (*SINGLE, *SEVERAL)),
 }
 RESTARTS = ("restart", "restart_cached")
+# A restart is over after two actions: the fault in mid-recovery finds none.
+UNHIT = {(p, "during_recovery") for p in RESTARTS}
 
 
 def faults_of(name: str) -> Schedule:
@@ -50,7 +52,8 @@ def test_every_request_is_answered_as_without_faults(
     return
   host = serve(lab, policy, name)
   said = lab.verdict(host.events)
-  assert said["overall"] == "true", said
+  missed = ["completeness"] if (policy, name) in UNHIT else []
+  assert said["failed"] == missed, said
   exact = said["checkers"]["exactness"]["value"]
   assert exact == "true" or not recovery.load(policy).lossless
   assert watch.wrong == []

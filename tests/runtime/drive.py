@@ -1,0 +1,52 @@
+"""The serve loop by hand, one step at a time, for tests that look between."""
+
+import dataclasses
+
+from resilient_moe.runtime.emulated import EmulatedBackend
+from resilient_moe.serving.request import Request
+from resilient_moe.serving.scheduler import admit, complete, schedule
+from resilient_moe.serving.state import (
+  SchedulerState,
+  accept,
+  with_ranks,
+)
+
+
+@dataclasses.dataclass
+class Driver:
+  """A backend and the scheduler's state."""
+
+  backend: EmulatedBackend
+  state: SchedulerState = dataclasses.field(default_factory=SchedulerState)
+  number: int = 0
+  retired: tuple[str, ...] = ()
+  tokens: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self) -> None:
+    view = self.backend.view()
+    self.state = with_ranks(self.state, view.mesh, view.rows_per_rank)
+
+  def accept(self, requests: tuple[Request, ...]) -> None:
+    for request in requests:
+      self.state = accept(self.state, request)
+      self.tokens[request.request_id] = []
+
+  def step(self, count: int = 1) -> bool:
+    """Steps, if there is something to do; whether there was."""
+    for _ in range(count):
+      self.state, _ = admit(self.state)
+      view, options = self.backend.view(), self.backend.store.shape.options
+      batch = schedule(
+        self.state, number=self.number, epoch=view.epoch, chunk=options.chunk,
+        rows=view.rows_per_rank,
+      )  # fmt: skip
+      if batch is None:
+        return False
+      batch = dataclasses.replace(batch, retired=self.retired)
+      sampled = self.backend.step(batch)
+      self.state, emitted, finished = complete(self.state, batch, sampled)
+      self.number += 1
+      self.retired = tuple(f.request_id for f in finished)
+      for e in emitted:
+        self.tokens[e.request_id].append(e.token)
+    return True
