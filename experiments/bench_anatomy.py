@@ -7,7 +7,8 @@ import numpy as np
 
 from resilient_moe import report
 
-COPIES = 7  # of a memory-copy rate
+COPIES = 7  # of a memory-copy rate, at least
+POOL_BYTES = 1 << 28  # more than any cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +45,8 @@ def anatomy(
   phases = report.recovery_phases(events)
   stalls = report.fault_stalls(events, norm, horizon_s)
   by_action = report.stall_by_action(phases, stalls)
-  affected = [s for each in stalls for s in each.affected_s.values()]
   speedup = report.speedups(measured, baseline)["affected_speedup_vs_restart"]
-  actions = [a for p in phases for a in p.actions if a["part"] == "resume"]
-  copies = [a for a in actions if a["name"] == "CopyExperts"]
-  nbytes = sum(a["bytes"] for a in copies)
-  copy_s = sum(a["seconds"] for a in copies)
+  nbytes, copy_s = _copied(phases)
   prefill_s = _prefill_s(events, stalls[0])
   rest = [
     stall - prefill_s.get(root, 0.0) - copy_s
@@ -64,7 +61,7 @@ def anatomy(
   return Anatomy(
     verdict=str(report.verdict(events, twin)["overall"]),
     step_s=step_s,
-    affected_s=affected,
+    affected_s=[s for each in stalls for s in each.affected_s.values()],
     stall_s=measured["affected_stall_s"],
     stall_steps=measured["affected_stall_steps"],
     stall_max_steps=measured["affected_stall_max_steps"],
@@ -76,6 +73,13 @@ def anatomy(
     by_action_steps={n: s / step_s for n, s in by_action.items()},
     stages=report.restart_stages(restart),
   )
+
+
+def _copied(phases: list[report.Phases]) -> tuple[int, float]:
+  """Bytes and seconds of the experts copied before requests went on."""
+  actions = [a for p in phases for a in p.actions if a["part"] == "resume"]
+  copies = [a for a in actions if a["name"] == "CopyExperts"]
+  return sum(a["bytes"] for a in copies), sum(a["seconds"] for a in copies)
 
 
 def _failed_step_s(events: list[report.Event]) -> float:
@@ -108,13 +112,18 @@ def _prefill_s(
 
 
 def copyto_rate(nbytes: int) -> float:
-  """Bytes per second of `np.copyto`, warm pages, median of a few."""
-  source = np.ones(nbytes, np.uint8)
+  """Bytes per second of `np.copyto` from memory to memory, median of a few.
+
+  Pages are touched beforehand. Copies go round a pool that no cache holds:
+  the same megabyte again and again would be the cache's rate.
+  """
+  count = min(max(POOL_BYTES // max(nbytes, 1), 1), 256)
+  source = np.ones((count, nbytes), np.uint8)
   target = np.zeros_like(source)
-  seconds = []
   np.copyto(target, source)
-  for _ in range(COPIES):
+  seconds = []
+  for i in range(max(COPIES, count)):
     start = time.perf_counter()
-    np.copyto(target, source)
+    np.copyto(target[i % count], source[i % count])
     seconds.append(time.perf_counter() - start)
   return nbytes / float(np.median(seconds))

@@ -11,11 +11,11 @@ from collections.abc import Callable
 import numpy as np
 
 from resilient_moe.recovery import actions as act
-from resilient_moe.recovery.checks import request_ranks
+from resilient_moe.recovery.packing import slots_needed
 from resilient_moe.recovery.plan import Plan, ordered
 from resilient_moe.recovery.request_effects import indices
 from resilient_moe.recovery.semantics import advance
-from resilient_moe.recovery.view import ClusterView, Tier, absent
+from resilient_moe.recovery.view import ClusterView, Role, Tier, absent
 
 Amount = float | np.ndarray  # one for all, or one each
 
@@ -171,16 +171,26 @@ def _rejoin(action: act.Rejoin, view: ClusterView, hw: Hardware) -> Cost:
 def _restart(
   action: act.RestartInstance, view: ClusterView, hw: Hardware
 ) -> Cost:
-  """Process start, weights of every filled slot, programs, all prefills."""
-  after = advance(view, action)
-  name = absent(view.launched, after.mesh)
+  """Process start, weights of every filled slot, programs, all prefills.
+
+  Slots are taken as dealt evenly: to place every expert only to count them
+  would cost more than the rest of a plan at 10,240 ranks.
+  """
+  ranks = np.asarray(action.ranks, np.int64)
+  name = absent(view.launched, ranks)
+  holders = ranks[view.role[ranks] != Role.ATTENTION]
+  serving = ranks[view.role[ranks] != Role.EXPERT]
+  need = slots_needed(view.n_experts, len(holders))
   # Programs of other shapes (more slots) are not in the store.
   stored = action.cache and name in view.cached
-  stored = stored and after.slots_per_rank == view.slots_per_rank
+  stored = stored and need <= view.slots_per_rank
   programs = hw.load_executable_s if stored else hw.compile_s
-  rank = np.nonzero(after.slots >= 0)[0]
+  copies = max(view.table.entries.shape[1], 1)
+  room = len(holders) * max(need, view.slots_per_rank)
+  filled = np.arange(min(copies * view.n_experts, room))
+  rank = holders[filled % len(holders)]
   weights = _transfer(rank, view.expert_bytes, Tier.DISK, hw)
-  table, serving = view.requests, request_ranks(after)
+  table = view.requests
   tokens = table.prompt_tokens + table.emitted_tokens
   dealt = serving[np.arange(len(tokens)) % max(len(serving), 1)]
   prefill = _prefill_s(dealt, tokens, hw)
@@ -231,8 +241,10 @@ def price_plan(
   for part in (plan.resume, plan.repair):
     total = Cost()
     for action in ordered(part):
+      if by_action:  # what the last action leaves is nobody's start
+        view = advance(view, by_action[-1][0])
       cost = price(action, view, hardware)
       by_action.append((action, cost))
-      total, view = total + cost, advance(view, action)
+      total = total + cost
     parts.append(total)
   return PlanPrice(parts[0], parts[1], tuple(by_action))

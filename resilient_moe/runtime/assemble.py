@@ -199,9 +199,7 @@ def _backend(
 
 def _want(readiness: Readiness, plans: Plans) -> None:
   """Which meshes to keep ready is the policy's choice."""
-  standing = plans.standing
-  run = not standing.store_executables
-  readiness.want(plans.view.launched, standing.ready, run=run)
+  readiness.want(plans.view.launched, plans.standing.ready)
 
 
 def _checkpointer(plans: Plans, recorder: Recorder) -> KVCheckpointer:

@@ -99,9 +99,8 @@ class DeviceStore:
     self._check(rank)
     self._bound = None
     on = self.devices[rank]
-    new = jax.tree.map(lambda x: jax.device_put(x, on), weights)
+    new, index = jax.device_put((weights, np.int32(slot)), on)
     program = self._programs[rank]["write_slot"]
-    index = jax.device_put(np.int32(slot), on)
     self._experts[rank] = program(self._experts[rank], new, index)
 
   def read_slot(self, rank: int, slot: int) -> Tree:

@@ -164,7 +164,7 @@ class EmulatedBackend:
     done = self.readiness.step(self.run_once)
     if done is not None and done.run:
       self.facts.ready(done.name, False)
-    elif done is not None:
+    if done is not None and self.standing.store_executables:
       self.facts.stored(done.name)
 
   def announce(self) -> None:

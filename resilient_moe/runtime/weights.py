@@ -12,6 +12,7 @@ from resilient_moe.model.config import ModelConfig
 from resilient_moe.recovery.actions import Move
 from resilient_moe.recovery.view import Tier
 
+ALIGN_BYTES = 64
 Tree = dict[str, Any]
 ReadPeer = Callable[[int, int], Tree]  # (rank, expert) -> weights
 
@@ -24,7 +25,10 @@ class WeightTiers:
     self.config: ModelConfig
     self.config, tree = load_host(checkpoint)
     self.dense: Tree = tree["dense"]
-    self._host = {int(name): t for name, t in tree["experts"].items()}
+    self._host = {
+      int(name): jax.tree.map(_aligned, t)
+      for name, t in tree["experts"].items()
+    }
 
   def expert(self, expert: int) -> Tree:
     """From host memory: only while loading, or when it is kept."""
@@ -64,6 +68,19 @@ class WeightTiers:
       f"tier {tier.value!r} is not part of this runtime; choose from "
       "local, peer, host, disk"
     )
+
+
+def _aligned(x: np.ndarray) -> np.ndarray:
+  """A copy at an address that JAX on CPU takes as it is.
+
+  `device_put` copies a host array that doesn't start at a multiple of 64
+  bytes, some 20 times slower than `memcpy` (jax 0.10.2).
+  """
+  raw = np.empty(x.nbytes + ALIGN_BYTES, np.uint8)
+  start = -raw.ctypes.data % ALIGN_BYTES
+  copy = raw[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+  copy[...] = x
+  return copy
 
 
 def tree_bytes(tree: Tree) -> int:

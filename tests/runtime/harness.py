@@ -32,6 +32,7 @@ from resilient_moe.runtime.channel import Channel, ChannelRecorder
 from resilient_moe.runtime.emulated import EmulatedBackend
 from resilient_moe.serving.recover import EngineRestart
 from resilient_moe.serving.request import Request
+from tests.runtime.intake import ListIntake
 
 RANKS = 4
 MODEL = ModelConfig(
@@ -143,50 +144,6 @@ def make_case(
   return Case(**{**given, **fields})
 
 
-class ListIntake:
-  """Requests in a list, with what they have been answered so far."""
-
-  def __init__(self, accept: Callable[[Request], None]) -> None:
-    """`accept` is told of each request, a client's retries too."""
-    self.requests: dict[str, Request] = {}
-    self.tokens: dict[str, list[int]] = {}
-    self.ended: set[str] = set()
-    self.given: set[str] = set()  # to the engine that serves now
-    self.failed: list[str] = []  # to be sent again
-    self._told = accept
-
-  def accept(self, request: Request) -> None:
-    self.requests[request.request_id] = request
-    self.tokens[request.request_id] = []
-    self._told(request)
-
-  def poll(self, step: int) -> list[tuple[Request, tuple[int, ...]]]:
-    while self.failed:
-      self._again(self.failed.pop(0))
-    now = [r for r in self._waiting() if (r.arrival_step or 0) <= step]
-    self.given.update(r.request_id for r in now)
-    return [(r, tuple(self.tokens[r.request_id])) for r in now]
-
-  def next_step(self) -> int | None:
-    return min((r.arrival_step or 0 for r in self._waiting()), default=None)
-
-  def closed(self) -> bool:
-    return self.ended == set(self.requests) and not self.failed
-
-  def _again(self, name: str) -> None:
-    """The client's retry of a failed request."""
-    root, _, attempt = name.partition("~")
-    again = dataclasses.replace(
-      self.requests[name], request_id=f"{root}~{int(attempt or 0) + 1}",
-      retry_of=name, arrival_step=0,
-    )  # fmt: skip
-    self.accept(again)
-
-  def _waiting(self) -> list[Request]:
-    out = self.given | self.ended
-    return [r for n, r in self.requests.items() if n not in out]
-
-
 class _Control:
   """Takes what an engine would tell its gateway."""
 
@@ -209,7 +166,8 @@ class Host:
     self.case = case
     self.intake = ListIntake(self._accepted)
     self.backends: list[EmulatedBackend] = []  # one an engine
-    self.compiled_before = 0  # programs, when the (first) fault struck
+    self.compiled: int | None = None  # programs since the first fault
+    self._at_fault: int | None = None
     self._lab, self._scratch = lab, scratch
     self._on_backend = on_backend or (lambda backend: None)
     self.recorder = ChannelRecorder(self._hear, time.monotonic())
@@ -231,6 +189,8 @@ class Host:
       fresh = self._engine(fresh)
       self.intake.given.clear()
     self.recorder.write("end")
+    if self._at_fault is not None:
+      self.compiled = len(COMPILED) - self._at_fault
     return self.events
 
   def start(
@@ -279,7 +239,7 @@ class Host:
         self.intake.tokens[name].append(token)
     elif event["event"] in ("finished", "failed"):
       self.intake.ended.add(event["request_id"])
-    if event["event"] == "fault" and not self.compiled_before:
-      self.compiled_before = len(COMPILED)
+    if event["event"] == "fault" and self._at_fault is None:
+      self._at_fault = len(COMPILED)
     if event["event"] == "failed":
       self.intake.failed.append(event["request_id"])
