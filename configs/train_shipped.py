@@ -4,7 +4,7 @@
       --workdir=runs/train_shipped --export=resilient_moe/assets/byte_moe
 
 About an hour on two busy cores: 1.65 bits per byte on the held-out text, where
-Kneser-Ney of 8 bytes has 1.87. The model card beside the weights has the rest.
+Kneser-Ney of order 8 has 1.87. The model card beside the weights has the rest.
 The run was made in three sittings, its later phases cut to fit the hour while
 they lay ahead; `train_schedule.check_same_past` is why that changes nothing.
 `--config=configs/train_shipped.py:runlocal` takes the same path in seconds.

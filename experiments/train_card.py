@@ -177,7 +177,9 @@ def plot(
     color="C0",
     label="held-out slice",
   )
-  axes.axhline(ngram_bits, ls="--", lw=1, color="C3", label="Kneser-Ney, all held-out text")
+  axes.axhline(
+    ngram_bits, ls="--", lw=1, color="C3", label="Kneser-Ney, all held-out text"
+  )
   axes.set(xlabel="step", ylabel="bits per byte", ylim=(1, 5.5))
   axes.legend(frameon=False)
   figure.savefig(file, dpi=110)

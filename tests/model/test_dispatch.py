@@ -16,6 +16,7 @@ from resilient_moe.model import StepOptions
 from resilient_moe.model.config import DISPATCHES, EXPERT_KERNELS
 from resilient_moe.model.dispatch import AXIS, make_exchange, round_size
 from tests.model import expert_cases as cases
+from tests.model.harness import fast_jit
 
 SIZES = (1, 2, 3, 5, 8)
 
@@ -35,7 +36,7 @@ def exchange(n_ranks: int, dispatch: str, kernel: str):
 @functools.cache
 def sharded(n_ranks: int, dispatch: str, kernel: str):
   by_rank = (P(None, AXIS), P(AXIS), P(AXIS))
-  return jax.jit(
+  return fast_jit(
     jax.shard_map(
       exchange(n_ranks, dispatch, kernel), in_specs=by_rank,
       mesh=make_mesh(jax.devices()[:n_ranks]), out_specs=P(AXIS),
@@ -52,7 +53,7 @@ def logical(n_ranks: int, dispatch: str, kernel: str):
     wide = jax.tree.map(lambda w: w[:, None], experts)
     return one_rank(wide, x[None], to[None])[0]
 
-  return jax.jit(jax.vmap(alone, in_axes=(1, 0, 0), axis_name=AXIS))
+  return fast_jit(jax.vmap(alone, in_axes=(1, 0, 0), axis_name=AXIS))
 
 
 def compute(run, slots, x, to) -> np.ndarray:

@@ -10,9 +10,10 @@ import pytest
 from resilient_moe.model.config import EXPERT_KERNELS
 from resilient_moe.model.experts import KERNELS, _plan, block_size
 from tests.model import expert_cases as cases
+from tests.model.harness import fast_jit
 
 
-@functools.partial(jax.jit, static_argnames=("kernel", "block"))
+@functools.partial(fast_jit, static_argnames=("kernel", "block"))
 def run(experts, x, token, slots, kernel, block=0):
   layer = jnp.int32(cases.LAYER)
   return KERNELS[kernel](experts, layer, x, token, slots, block)
@@ -72,9 +73,10 @@ def test_rows_of_empty_slots_are_never_computed(rng):
 def test_cost_grows_with_the_rows_and_not_with_the_experts_held(rng):
   """The block loop's trip count, by its definition of a plan."""
   for held in (8, 256):
-    slots = jnp.asarray(rng.integers(0, 8, 64), jnp.int32)
-    blocks = int(_plan(slots, held, 8)[-1][-1])
-    counts = np.bincount(np.asarray(slots))
+    slots = rng.integers(0, 8, 64).astype(np.int32)
+    plan = fast_jit(functools.partial(_plan, n_slots=held, block=8))
+    blocks = int(plan(slots)[-1][-1])
+    counts = np.bincount(slots)
     assert blocks == (-(-counts // 8)).sum() <= 64 // 8 + 8
 
 
@@ -100,7 +102,7 @@ def test_static_kernel_has_the_gradient_of_the_reference(rng):
     w = experts["down"][cases.LAYER][flat]
     return jnp.einsum("nf,nfd->nd", jax.nn.silu(gate) * up, w)
 
-  grad = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+  grad = fast_jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
   got, want = (grad(x, down, f) for f in (static, plain))
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-4)

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from resilient_moe.model import rows
+from tests.model.harness import fast_jit
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 31, 96])
+@pytest.mark.parametrize("n", [1, 2, 5, 31])
 def test_pairwise_sum_is_the_sum(n, rng):
   x = rng.standard_normal((4, n)).astype(np.float32)
-  got = rows.pairwise_sum(jnp.asarray(x))
+  got = fast_jit(rows.pairwise_sum)(x)
   np.testing.assert_allclose(got, x.astype(np.float64).sum(-1), atol=1e-5)
 
 
@@ -27,7 +28,7 @@ def test_rms_norm_is_the_formula(rng):
   scale = rng.standard_normal(48).astype(np.float32)
   wide = x.astype(np.float64)
   want = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-3) * scale
-  got = rows.rms_norm(jnp.asarray(x), jnp.asarray(scale), 1e-3)
+  got = fast_jit(rows.rms_norm)(x, scale, 1e-3)
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -47,7 +48,7 @@ def layer(w, r):
   return jnp.tanh(h @ w["matrix"]) + shift[:, None], h
 
 
-@functools.partial(jax.jit, static_argnames="block")
+@functools.partial(fast_jit, static_argnames="block")
 def run(w, r, block=8):
   return rows.rowwise(layer, w, r, block)
 
@@ -62,7 +63,7 @@ def inputs(rng, n: int):
 def test_rowwise_gives_a_row_the_same_bits_in_any_number_of_rows(block, rng):
   w, r = inputs(rng, 70)
   whole = run(w, r, block=block)
-  for n in (1, 2, 7, 8, 33):
+  for n in (1, 7, 33):
     part = run(w, jax.tree.map(lambda x, n=n: x[:n], r), block=block)
     for a, b in zip(part, whole, strict=True):
       np.testing.assert_array_equal(a, b[:n], f"{n} rows")
@@ -70,9 +71,9 @@ def test_rowwise_gives_a_row_the_same_bits_in_any_number_of_rows(block, rng):
 
 def test_rowwise_is_the_function(rng):
   w, r = inputs(rng, 19)
-  for block in (0, 8, 32):
+  for block in (0, 8):
     got = run(w, r, block=block)
-    for a, b in zip(got, layer(w, r), strict=True):
+    for a, b in zip(got, fast_jit(layer)(w, r), strict=True):
       np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -81,7 +82,7 @@ def test_rowwise_gives_logical_ranks_the_bits_of_one_rank(rng):
   w, r = inputs(rng, 60)
   stacked = jax.tree.map(lambda x: x.reshape(5, 12, *x.shape[1:]), r)
   f = lambda r: rows.rowwise(layer, w, r, 8)
-  merged = jax.jit(jax.vmap(f))(stacked)
+  merged = fast_jit(jax.vmap(f))(stacked)
   for i in range(5):
     alone = run(w, jax.tree.map(lambda x, i=i: x[i], stacked))
     for a, b in zip(merged, alone, strict=True):

@@ -1,17 +1,10 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from resilient_moe.model import forward, train_forward
-from tests.model.harness import TINY, tiny_params
-
-OTHER = dataclasses.replace(
-  TINY, tied_embeddings=False, norm_topk_prob=False, shared_width=0,
-  n_layers=2, dense_layers=0,
-)  # fmt: skip
+from tests.model.harness import OTHER, TINY, fast_jit, tiny_params
 
 
 def inputs(config, rng):
@@ -35,9 +28,9 @@ def test_training_computes_what_serving_does_and_has_a_gradient(rng):
     assert (np.asarray(g) != 0).any(), path
 
 
-def test_so_it_does_untied_and_with_raw_gates(rng):
+def test_so_it_does_with_other_kinds_of_layers(rng):
   params, tokens = inputs(OTHER, rng)
-  logits, _ = jax.jit(lambda p: train_forward(OTHER, p, tokens))(params)
+  logits, _ = fast_jit(lambda p: train_forward(OTHER, p, tokens))(params)
   want = forward(OTHER, params, tokens)
   np.testing.assert_allclose(logits, want, rtol=0, atol=1e-4)
 
@@ -53,7 +46,7 @@ def trained(config, params, tokens):
     )
     return balance - chosen.mean(), (logits, stats)
 
-  return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+  return fast_jit(jax.value_and_grad(loss, has_aux=True))(params)
 
 
 def test_tokens_of_another_kind_are_one_clear_error():

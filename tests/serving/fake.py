@@ -107,9 +107,7 @@ class FakeBackend:
     assert len(delta) == len(batch.rows) + len(batch.chunks)
     return delta, tokens
 
-  def execute(
-    self, action: rm.Action, placed: tuple[Placed, ...]
-  ) -> Outcome:
+  def execute(self, action: rm.Action, placed: tuple[Placed, ...]) -> Outcome:
     if isinstance(action, rm.RestoreKV | rm.RecomputePrefix):
       for p in placed:
         self._check_row(p)
@@ -155,9 +153,7 @@ class FakeBackend:
       holder = neighbour if self.mode == "peer" else -1
       self.saved[name] = (kv, holder)
 
-  def poll(
-    self, recovery_actions: int | None = None
-  ) -> tuple[rm.Failure, ...]:
+  def poll(self, recovery_actions: int | None = None) -> tuple[rm.Failure, ...]:
     if recovery_actions in self.lose_in_recovery:
       self._lose(self.lose_in_recovery.pop(recovery_actions))
     failures, self.pending = tuple(self.pending), []
@@ -171,9 +167,7 @@ class FakeBackend:
     ranks = tuple(r for r in ranks if r not in self.dead)
     self.dead |= set(ranks)
     self.kv[list(ranks)] = DEAD
-    self.saved = {
-      n: s for n, s in self.saved.items() if s[1] not in self.dead
-    }
+    self.saved = {n: s for n, s in self.saved.items() if s[1] not in self.dead}
     if ranks:
       self.pending.append(rm.RanksLost(ranks))
 

@@ -21,9 +21,7 @@ def instance(prompts: dict[str, int], ranks=(0, 1), **fields):
 
 
 def schedule(state, number: int = 0):
-  return sch.schedule(
-    state, number=number, epoch=4, chunk=CHUNK, rows=ROWS
-  )
+  return sch.schedule(state, number=number, epoch=4, chunk=CHUNK, rows=ROWS)
 
 
 def sampled(batch, token: int = 30) -> np.ndarray:
@@ -48,7 +46,7 @@ def finish(state, token: int = 30):
 
 
 def test_admission_is_first_come_first_served_and_balanced():
-  state = instance({c: 5 for c in "abcdef"}, ranks=(0, 1))
+  state = instance(dict.fromkeys("abcdef", 5), ranks=(0, 1))
   state, names = sch.admit(state)
   assert names == ("a", "b", "c", "d")
   assert dict(state.rows) == {0: ("a", "c"), 1: ("b", "d")}
@@ -61,7 +59,7 @@ def test_admission_is_first_come_first_served_and_balanced():
 
 
 def test_requeued_request_is_admitted_before_later_ones():
-  state, _ = sch.admit(instance({c: 5 for c in "abcde"}))
+  state, _ = sch.admit(instance(dict.fromkeys("abcde", 5)))
   state = st.unplace(state, ["b"])
   state, names = sch.admit(state)
   assert names == ("b",)
@@ -105,7 +103,9 @@ def test_arrays_say_what_the_rows_say():
   np.testing.assert_allclose(batch.decode_temperature, [[0, 0], [0, 1.5]])
   np.testing.assert_array_equal(batch.chunk[0], np.arange(21, 27))
   np.testing.assert_array_equal(batch.chunk[1], np.arange(11, 17))
-  np.testing.assert_array_equal(batch.chunk_fields, [[0, 6, 1, 2], [0, 6, 0, 1]])
+  np.testing.assert_array_equal(
+    batch.chunk_fields, [[0, 6, 1, 2], [0, 6, 0, 1]]
+  )
   np.testing.assert_allclose(batch.chunk_temperature, [1, 0.5])
   assert batch.prefill_tokens == 12
 

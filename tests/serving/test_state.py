@@ -59,9 +59,7 @@ def test_place_takes_the_first_free_row_or_refuses(state):
 
 def test_requeue_keeps_the_tokens_and_the_place_in_the_queue(state):
   kept = dataclasses.replace(state.sequences["b"], tokens=(4, 5))
-  state = dataclasses.replace(
-    state, sequences={**state.sequences, "b": kept}
-  )
+  state = dataclasses.replace(state, sequences={**state.sequences, "b": kept})
   state = st.unplace(state, ["b", "d"])  # d has no row: nothing to do
   assert seats(state) == {3: ("a", None), 1: ("c", None)}
   assert [s.request.request_id for s in state.queued()] == ["b", "d"]
@@ -70,7 +68,7 @@ def test_requeue_keeps_the_tokens_and_the_place_in_the_queue(state):
 
 
 def test_new_mesh_seats_its_ranks_and_keeps_what_can_still_be_read(state):
-  """b and a sit on a rank that left: no step, but their KV can be had."""
+  """Two sit on a rank that left: no step, but their KV can be had."""
   state = st.with_ranks(state, (1, 2), 2)
   assert dict(state.rows) == {1: ("c", None), 2: (None, None)}
   assert [s.request.request_id for s in state.queued()] == ["d"]
