@@ -19,8 +19,8 @@ OPTIONS = StepOptions(rows=2, max_len=24, chunk=8, kv_block=8)
 
 
 def instance(slots: int = 2, **options) -> InstanceShape:
-  options = dataclasses.replace(OPTIONS, **options)
-  return InstanceShape(CONFIG, options, slots=slots, copies=2)
+  changed = dataclasses.replace(OPTIONS, **options)
+  return InstanceShape(CONFIG, changed, slots=slots, copies=2)
 
 
 def step(shape: InstanceShape, mesh: Mesh | AbstractMesh, chunk: int):

@@ -5,7 +5,9 @@ doesn't keep bits.
 """
 
 import functools
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ from tests.model.harness import OPTIONS, TINY, Engine, Prompt, Token
 PROMPT = tuple(int(t) for t in np.random.default_rng(5).integers(1, 96, 25))
 DECODED = 6  # the prompt's three chunks are 12, 12 and 1 tokens wide
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
   "1": {"n_ranks": 1},
   "3": {"n_ranks": 3},
   "7": {"n_ranks": 7},
@@ -52,7 +54,8 @@ def logits_of(text: tuple[int, ...]) -> np.ndarray:
   """From `forward`, as rows of several blocks, beside another text."""
   batch = np.stack([np.zeros_like(BESIDE), BESIDE])
   batch[0, : len(text)] = text
-  logits = forward(TINY, harness.tiny_params(), batch, OPTIONS)
+  tokens = jnp.asarray(batch)
+  logits = forward(TINY, harness.tiny_params(), tokens, OPTIONS)
   return np.asarray(logits)[0, : len(text)]
 
 

@@ -30,7 +30,8 @@ def says(tokens: np.ndarray, seed: int) -> int:
 
 def answer(request: Request) -> tuple[int, ...]:
   """What a request must get, by the definition of the model."""
-  known, out = list(request.prompt), []
+  known: list[int] = list(request.prompt)
+  out: list[int] = []
   while len(out) < request.max_new_tokens:
     out.append(says(np.array(known), request.seed))
     known.append(out[-1])
@@ -88,7 +89,7 @@ class FakeBackend:
 
   def _compute(self, batch: StepBatch) -> tuple[dict, np.ndarray]:
     tokens = np.full((len(batch.mesh), batch.decode.shape[1] + 1), EMPTY)
-    delta = {}
+    delta: dict[str, tuple] = {}
     for r in batch.rows:
       token, position, seed = batch.decode[r.place, r.row]
       rank = batch.mesh[r.place]

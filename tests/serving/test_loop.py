@@ -1,6 +1,7 @@
 """`serve` through failures at any step, of any rank, and during recovery."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def begun(policy: rm.RecoveryPolicy, requests) -> History:
 
 def run(name, requests, losses: int = 1, chunk: int = 5, **faults):
   """Serves until the end: the history and the backend."""
-  kwargs = dict(POLICIES.get(name, {}))
+  kwargs: dict[str, Any] = dict(POLICIES.get(name, {}))
   if name != "none":
     kwargs["losses"] = losses
   policy = rm.load(name.split("-")[0], **kwargs)

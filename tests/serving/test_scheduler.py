@@ -28,9 +28,11 @@ def sampled(batch, token: int = 30) -> np.ndarray:
   return np.full((len(batch.mesh), ROWS + 1), token, np.int32)
 
 
-def finish(state, token: int = 30):
+def finish(state, token: int = 30) -> tuple[list, dict, dict]:
   """Serves until everybody is answered: batches, texts, reasons."""
-  batches, texts, reasons = [], {}, {}
+  batches: list[sch.StepBatch] = []
+  texts: dict[str, list[tuple[int, int]]] = {}
+  reasons: dict[str, tuple[str, int]] = {}
   while state.sequences:
     state, _ = sch.admit(state)
     batch = schedule(state, len(batches))
