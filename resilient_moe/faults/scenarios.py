@@ -135,10 +135,10 @@ def one_after_another(setting: Setting) -> Schedule:
 
 
 def during_recovery(setting: Setting) -> Schedule:
-  """A second rank is lost after two actions of the first one's recovery."""
+  """A second rank is lost after one action of the first one's recovery."""
   return (
     _lost(setting, setting.rank),
-    Fault("rank_lost", (setting.after(setting.ranks // 2),), during_recovery=2),
+    Fault("rank_lost", (setting.after(setting.ranks // 2),), during_recovery=1),
   )
 
 

@@ -8,15 +8,12 @@ compiling thread, by 2% beside a nice process).
 """
 
 import concurrent.futures
-import ctypes
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 
 SHAPE_FILE = "shape.json"
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def start(
@@ -33,7 +30,6 @@ def start(
 def main(store: pathlib.Path, n_devices: int, sizes: list[int]) -> None:
   """Fills the store with the step programs of each mesh size."""
   os.nice(19)
-  _end_with_parent()
   import jax
 
   jax.config.update("jax_num_cpu_devices", n_devices)
@@ -44,12 +40,6 @@ def main(store: pathlib.Path, n_devices: int, sizes: list[int]) -> None:
   jobs = [(c, jax.devices()[:s]) for s in sizes for c in shape.chunks()]
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     list(pool.map(lambda job: executables.compile_for(*job), jobs))
-
-
-def _end_with_parent() -> None:
-  """Has the kernel end this process when the engine is gone (Linux)."""
-  if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

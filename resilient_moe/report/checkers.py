@@ -163,6 +163,6 @@ def completeness(events: list[Event], twin: list[Event] | None) -> Verdict:
       (e.get("expected_faults") for e in events if e["event"] == "run"), None
   )
   # Without this, a fault that missed would make its policy look perfect.
-  if expected is not None and names.count("fault") != expected:
+  if expected is not None and names.count("fault") < expected:
     problems.append(f"{names.count('fault')} faults of {expected} happened")
   return _judge(problems, f"{len(events)} events")

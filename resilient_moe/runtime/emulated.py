@@ -161,11 +161,12 @@ class EmulatedBackend:
 
   def _make_ready(self) -> None:
     """One bite of the background work on ready meshes."""
-    done = self.readiness.step(self.run_once)
-    if done is not None and done.run:
-      self.facts.ready(done.name, False)
-    if done is not None and self.standing.store_executables:
-      self.facts.stored(done.name)
+    name = self.readiness.step(self.run_once)
+    if name is None:
+      return
+    self.facts.ready(name, False)
+    if self.standing.store_executables:
+      self.facts.stored(name)
 
   def announce(self) -> None:
     view = self.facts.view

@@ -41,6 +41,7 @@ def run_case(
   Raises:
     RunFailed: the engine failed, or no policy in line could recover.
   """
+  make_policy(case)  # an unknown one leaves nothing behind
   folder.mkdir(parents=True, exist_ok=True)
   partial = folder / "history.jsonl.partial"
   scratch = folder / "scratch"

@@ -11,7 +11,6 @@ import pathlib
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from resilient_moe.mesh import ahead
 from resilient_moe.mesh.executables import Executables, write_shape
@@ -20,13 +19,6 @@ from resilient_moe.recovery import mesh_named
 Name = frozenset[int]
 Record = Callable[..., None]  # report.Recorder.write
 RunOnce = Callable[[tuple[int, ...], int], None]  # (mesh, chunk width)
-
-
-class Done(NamedTuple):
-  """A mesh that is ready, or (`run=False`) stored on disk."""
-
-  name: Name
-  run: bool
 
 
 class Readiness:
@@ -48,18 +40,11 @@ class Readiness:
     )
     self._left: list[int] = []  # widths of the mesh at hand
     self._seconds = 0.0
-    self._run = True
     self._compiler: subprocess.Popen | None = None
     self._sizes: set[int] = set()
 
-  def want(
-    self, launched: tuple[int, ...], names: Iterable[Name], run: bool = True
-  ) -> None:
-    """Adds meshes to make ready; starts compiling for sizes that lack it.
-
-    `run=False`: only stored on disk, for a restart.
-    """
-    self._run = run
+  def want(self, launched: tuple[int, ...], names: Iterable[Name]) -> None:
+    """Adds meshes to make ready; starts compiling for sizes that lack it."""
     for name in names:
       mesh = tuple(int(r) for r in mesh_named(launched, name))
       self._todo.append((name, mesh))
@@ -92,7 +77,7 @@ class Readiness:
     chunks = self._executables.shape.chunks()
     return all(self._executables.available(c, size) for c in chunks)
 
-  def step(self, run_once: RunOnce) -> Done | None:
+  def step(self, run_once: RunOnce) -> Name | None:
     """One program of one mesh, if it is compiled; else nothing.
 
     Returns the mesh that this made ready, if it was its last program.
@@ -106,15 +91,14 @@ class Readiness:
         return None
       self._left = list(self._executables.shape.chunks())
     start, width = time.monotonic(), self._left.pop()
-    if self._run:
-      run_once(mesh, width)
+    run_once(mesh, width)
     self._seconds += time.monotonic() - start
     if self._left:
       return None
     self._todo.popleft()
     self._record("mesh_ready", absent=sorted(name), seconds=self._seconds)
     self._seconds = 0.0
-    return Done(name, self._run)
+    return name
 
   def _check_compiler(self) -> None:
     """A compiler that died leaves nothing to wait for: say so."""
