@@ -62,6 +62,7 @@ def _in_blocks(fn: Callable, weights: Any, rows: Any, block: int) -> Any:
     padded = _pad_rows(rows, max(n, 2))
     return jax.tree.map(lambda y: y[:n], fn(weights, padded))
   count = -(-n // block)
+  block = -(-n // count)  # equal blocks: next to nothing is padding
   split = jax.tree.map(
     lambda x: x.reshape(count, block, *x.shape[1:]),
     _pad_rows(rows, count * block),

@@ -84,18 +84,8 @@ class KVCheckpointer:
     self, batch: StepBatch, delta: jax.Array, row_count: int
   ) -> None:
     """Hands a committed step to the thread; never waits for it."""
-    segments = [
-      Segment(r.request_id, r.place, batch.mesh[r.place], r.row, r.position,
-              1, self.holder(batch.mesh, r.place))
-      for r in batch.rows
-    ]  # fmt: skip
-    segments += [
-      Segment(c.request_id, c.place, batch.mesh[c.place], row_count, c.start,
-              c.length, self.holder(batch.mesh, c.place))
-      for c in batch.chunks
-    ]  # fmt: skip
     self._pending += 1
-    self._queue.put((segments, delta, batch.retired))
+    self._queue.put((batch, delta, row_count))
 
   def holder(self, mesh: tuple[int, ...], place: int) -> int:
     """Who mirrors for the rank at `place`: the next in the ring, or the host.
@@ -160,24 +150,63 @@ class KVCheckpointer:
       self._pending -= 1
 
   def _store(
-    self, segments: list[Segment], delta: jax.Array, retired: tuple[str, ...]
+    self, batch: StepBatch, delta: jax.Array, row_count: int
   ) -> None:
-    for name in retired:
+    """Copies a step's segments, then moves the commit records forward."""
+    for name in batch.retired:
       self._forget(name)
     data = np.asarray(delta)  # [L, R, B + C, 2K, d]
-    for s in segments:
-      if s.rank in self._dead:
-        continue  # a delta that lay in the dead rank's memory
-      record = self._record(s.request_id, s.holder)
-      if record is None or s.start > record.tokens:
-        continue  # no room, or a gap: `rebase` fills it
-      lanes = data[:, s.place, s.lane : s.lane + s.length]
-      at = slice(s.start, s.start + s.length)
-      self._mirror[record.entry][:, :, at] = np.swapaxes(lanes, 1, 2)
-      self.nbytes_streamed += lanes.nbytes
-      holder = s.holder if s.start == 0 else record.holder
-      tokens = s.start + s.length
-      self._commit(s.request_id, record._replace(tokens=tokens, holder=holder))
+    each = self._segments(batch, row_count)
+    usable = [(s, r) for s in each if (r := self._usable(s)) is not None]
+    self._copy_rows(data, [u for u in usable if u[0].length == 1])
+    for s, record in usable:
+      if s.length > 1:
+        lanes = data[:, s.place, s.lane : s.lane + s.length]
+        at = slice(s.start, s.start + s.length)
+        self._mirror[record.entry][:, :, at] = np.swapaxes(lanes, 1, 2)
+    with self._lock:
+      for s, record in usable:
+        holder = s.holder if s.start == 0 else record.holder
+        whole = s.start + s.length
+        self._records[s.request_id] = Record(whole, holder, record.entry)
+    position_bytes = data[:, 0, 0].nbytes
+    self.nbytes_streamed += position_bytes * sum(s.length for s, _ in usable)
+
+  def _segments(self, batch: StepBatch, row_count: int) -> list[Segment]:
+    """What the lanes of a delta are; a chunk lies behind the rows."""
+    mesh = batch.mesh
+    holders = [self.holder(mesh, place) for place in range(len(mesh))]
+    rows = [
+      Segment(r.request_id, r.place, mesh[r.place], r.row, r.position, 1,
+              holders[r.place])
+      for r in batch.rows
+    ]  # fmt: skip
+    chunks = [
+      Segment(c.request_id, c.place, mesh[c.place], row_count, c.start,
+              c.length, holders[c.place])
+      for c in batch.chunks
+    ]  # fmt: skip
+    return rows + chunks
+
+  def _usable(self, s: Segment) -> Record | None:
+    """The record that a segment continues; None: it can't be stored."""
+    if s.rank in self._dead:
+      return None  # a delta that lay in the dead rank's memory
+    record = self._record(s.request_id, s.holder)
+    if record is None or s.start > record.tokens:
+      return None  # no room, or a gap: `rebase` fills it
+    return record
+
+  def _copy_rows(
+    self, data: np.ndarray, rows: list[tuple[Segment, Record]]
+  ) -> None:
+    """All decoded positions in one assignment."""
+    if not rows:
+      return
+    at = np.array([(s.place, s.lane, r.entry, s.start) for s, r in rows])
+    place, lane, entry, position = at.T
+    new = np.moveaxis(data[:, place, lane], 1, 0)  # [n, L, 2K, d]
+    self._mirror[entry, :, :, position] = new
 
   def _record(self, request_id: str, holder: int) -> Record | None:
     with self._lock:
