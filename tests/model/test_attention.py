@@ -46,7 +46,8 @@ def run(q, kv_new, start, length, cache, kv_block):
 
 def cached(kv, starts, size, fill=1e4):
   """[G, 2K, T, d]: the true keys before each start, rubbish behind."""
-  cache = np.full((len(starts), kv.shape[2], size, D), fill, np.float32)
+  shape = (len(starts), kv.shape[2], size, kv.shape[3])
+  cache = np.full(shape, fill, np.float32)
   for g, start in enumerate(starts):
     cache[g, :, :start] = np.swapaxes(kv[g, :start], 0, 1)
   return cache
@@ -93,10 +94,11 @@ def test_padded_queries_and_idle_rows_change_no_bit(rng):
   assert np.isfinite(out).all()
 
 
-def test_decoded_and_prefilled_tokens_have_equal_bits(rng):
+@pytest.mark.parametrize("kv_heads", [KV_HEADS, HEADS])
+def test_decoded_and_prefilled_tokens_have_equal_bits(kv_heads, rng):
   """The same positions as one chunk, as two, and one by one."""
-  n = 24
-  kv, q = draw(rng, 1, n, 2 * KV_HEADS, D), draw(rng, 1, n, HEADS, D)
+  n, d = 24, 64
+  kv, q = draw(rng, 1, n, 2 * kv_heads, d), draw(rng, 1, n, HEADS, d)
 
   def part(first, stop):
     start = np.array([first], np.int32)

@@ -33,8 +33,13 @@ def exchange(n_ranks: int, dispatch: str, kernel: str):
   return one_rank
 
 
-@functools.cache
 def sharded(n_ranks: int, dispatch: str, kernel: str):
+  # On one rank there is nothing to dispatch: one program for all strategies.
+  return _sharded(n_ranks, dispatch if n_ranks > 1 else DISPATCHES[0], kernel)
+
+
+@functools.cache
+def _sharded(n_ranks: int, dispatch: str, kernel: str):
   by_rank = (P(None, AXIS), P(AXIS), P(AXIS))
   return fast_jit(
     jax.shard_map(
@@ -114,6 +119,20 @@ def test_strategies_and_numbers_of_ranks_agree_bit_for_bit(rng):
   for dispatch in DISPATCHES:
     got = compute(logical(3, dispatch, "blocks"), slots, x[:3], to)
     np.testing.assert_array_equal(got[0], expected)
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+@pytest.mark.parametrize("n_ranks", SIZES)
+def test_everybody_wants_two_experts_of_one_rank(n_ranks, dispatch, rng):
+  """As uneven as it can be: no token is dropped, in as many rounds."""
+  slots, x = cases.place(n_ranks, rng), cases.tokens(n_ranks, cases.TOKENS)
+  rank = max(range(n_ranks), key=lambda r: len(set(slots[r]) - {-1}))
+  experts, seats = np.unique(slots[rank], return_index=True)
+  seats = seats[experts >= 0][:2] + rank * slots.shape[1]
+  to = np.tile(seats.astype(np.int32), (*x.shape[:2], 1))
+  got = compute(sharded(n_ranks, dispatch, "blocks"), slots, x, to)
+  want = cases.reference(x, slots.reshape(-1)[to])
+  np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_a_decode_step_is_one_round_whoever_is_wanted(rng):

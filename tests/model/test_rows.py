@@ -53,15 +53,18 @@ def run(w, r, block=8):
   return rows.rowwise(layer, w, r, block)
 
 
-def inputs(rng, n: int):
-  w = {"norm": np.ones(48), "matrix": rng.standard_normal((48, 40))}
-  r = (rng.standard_normal((n, 48)), rng.standard_normal(n))
+def inputs(rng, n: int, d: int = 48, f: int = 40):
+  w = {"norm": np.ones(d), "matrix": rng.standard_normal((d, f))}
+  r = (rng.standard_normal((n, d)), rng.standard_normal(n))
   return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (w, r))
 
 
-@pytest.mark.parametrize("block", [8, 32])
-def test_rowwise_gives_a_row_the_same_bits_in_any_number_of_rows(block, rng):
-  w, r = inputs(rng, 70)
+# Which kernel multiplies one row, few or many depends on the matrix too.
+@pytest.mark.parametrize(("block", "d", "f"), [(8, 48, 40), (32, 256, 512)])
+def test_rowwise_gives_a_row_the_same_bits_in_any_number_of_rows(
+  block, d, f, rng
+):
+  w, r = inputs(rng, 70, d, f)
   whole = run(w, r, block=block)
   for n in (1, 7, 33):
     part = run(w, jax.tree.map(lambda x, n=n: x[:n], r), block=block)
@@ -81,9 +84,9 @@ def test_rowwise_gives_logical_ranks_the_bits_of_one_rank(rng):
   """Without care, `vmap` would merge the ranks' rows into one product."""
   w, r = inputs(rng, 60)
   stacked = jax.tree.map(lambda x: x.reshape(5, 12, *x.shape[1:]), r)
-  f = lambda r: rows.rowwise(layer, w, r, 8)
+  f = lambda r: rows.rowwise(layer, w, r, 32)
   merged = fast_jit(jax.vmap(f))(stacked)
   for i in range(5):
-    alone = run(w, jax.tree.map(lambda x, i=i: x[i], stacked))
+    alone = run(w, jax.tree.map(lambda x, i=i: x[i], stacked), block=32)
     for a, b in zip(merged, alone, strict=True):
       np.testing.assert_array_equal(a[i], b)

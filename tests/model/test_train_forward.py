@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from resilient_moe.model import forward, train_forward
-from tests.model.harness import OTHER, TINY, fast_jit, tiny_params
+from tests.model.harness import OPTIONS, OTHER, TINY, fast_jit, tiny_params
 
 
 def inputs(config, rng):
   params = jax.tree.map(jnp.asarray, tiny_params(config))
-  tokens = rng.integers(0, config.vocab_size, (2, 19)).astype(np.int32)
+  tokens = rng.integers(0, config.vocab_size, (2, 31)).astype(np.int32)
   return params, jnp.asarray(tokens)
 
 
@@ -17,7 +17,7 @@ def test_training_computes_what_serving_does_and_has_a_gradient(rng):
   config = TINY
   params, tokens = inputs(config, rng)
   (_, (logits, stats)), gradients = trained(config, params, tokens)
-  want = forward(config, params, tokens)
+  want = forward(config, params, tokens, OPTIONS)
   np.testing.assert_allclose(logits, want, rtol=0, atol=1e-4)
   for value in stats.values():
     assert value.shape == (config.moe_layers, config.n_experts)
@@ -31,7 +31,7 @@ def test_training_computes_what_serving_does_and_has_a_gradient(rng):
 def test_so_it_does_with_other_kinds_of_layers(rng):
   params, tokens = inputs(OTHER, rng)
   logits, _ = fast_jit(lambda p: train_forward(OTHER, p, tokens))(params)
-  want = forward(OTHER, params, tokens)
+  want = forward(OTHER, params, tokens, OPTIONS)
   np.testing.assert_allclose(logits, want, rtol=0, atol=1e-4)
 
 

@@ -169,8 +169,8 @@ class FakeBackend:
     self.dead |= set(ranks)
     self.kv[list(ranks)] = DEAD
     self.saved = {n: s for n, s in self.saved.items() if s[1] not in self.dead}
-    if ranks:
-      self.pending.append(rm.RanksLost(ranks))
+    # As separate detectors would report it.
+    self.pending.extend(rm.RanksLost((r,)) for r in ranks)
 
   def background_done(self) -> bool:
     return True

@@ -88,6 +88,7 @@ def test_chunk_that_ends_the_prompt_samples_from_its_last_lane():
   state, *_ = sch.complete(state, b := schedule(state), sampled(b))
   batch = schedule(state)
   assert batch.chunks[0][3:] == (6, 5, True)
+  assert batch.width == CHUNK  # however short the chunk
   tokens = np.full((2, ROWS + 1), 99)
   tokens[batch.chunks[0].place, -1] = 17
   state, emissions, _ = sch.complete(state, batch, tokens)
@@ -116,9 +117,9 @@ def test_one_chunk_a_rank_and_the_oldest_prompt_first():
   state, _ = sch.admit(instance({"a": 20, "b": 20, "c": 20}, ranks=(5,)))
   assert [c.request_id for c in schedule(state).chunks] == ["a"]
   state = st.unplace(state, ["a"])
-  state, names = sch.admit(state)  # a again, on b's left or right
-  assert names == ("a",)
-  assert [c.request_id for c in schedule(state).chunks] == ["a"]
+  state = st.place(st.place(state, "c", 5, 0), "b", 5, 0)
+  assert state.rows[5] == ("c", "b")
+  assert [c.request_id for c in schedule(state).chunks] == ["b"]
 
 
 def test_shapes_are_bounded_whatever_the_load(rng):
