@@ -149,9 +149,10 @@ class EmulatedBackend:
     entries = view.table.entries
     outside = ~np.isin(entries[:, :, 0], mesh)
     entries = np.where(outside[:, :, None], -1, entries)
-    return routing_arrays(
-      entries, mesh, view.slots_per_rank, view.masked
-    )
+    # The step takes the first `copies` columns: live ones in front.
+    order = np.argsort(entries[:, :, 0] < 0, axis=1, kind="stable")
+    entries = np.take_along_axis(entries, order[:, :, None], axis=1)
+    return routing_arrays(entries, mesh, view.slots_per_rank, view.masked)
 
   def run_once(self, mesh: tuple[int, ...], width: int) -> None:
     """Makes a mesh's program ready: loads it and runs it on idle rows."""
