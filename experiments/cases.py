@@ -163,13 +163,7 @@ def _check_fit(
 ) -> None:
   """Every request can be accepted by an engine of this shape."""
   for request in requests:
-    reason = refusal(
-      len(request.prompt),
-      request.max_new_tokens,
-      options.max_len,
-      model.vocab_size,
-      request.prompt,
-    )
+    reason = refusal(request, options.max_len, model.vocab_size)
     if reason:
       raise ValueError(
         f"request {request.request_id}: {reason}; raise config.options.max_len"

@@ -29,6 +29,7 @@ from resilient_moe.serving.scheduler import refusal
 Progress = Callable[[dict[str, Any]], None]
 POLL_S = 0.05
 ENGINE_LOG = "engine.log"
+DEFAULT_MAX_LEN = 512  # that of `model.StepOptions`, which needs JAX
 
 
 def run_case(
@@ -89,6 +90,8 @@ class Gateway:
     self._timed: collections.deque[Request] = collections.deque()
     self._engine: subprocess.Popen | None = None
     self._channel: Channel
+    self._max_len = int(case.options.get("max_len", DEFAULT_MAX_LEN))
+    self._vocab_size = _vocab_size(pathlib.Path(case.checkpoint))
     self._done = False
     self._closing = False  # whether the engine knows that no more will come
 
@@ -148,10 +151,7 @@ class Gateway:
   def _accept(self, request: Request) -> bool:
     """Takes a request on, or sheds it with the reason."""
     name, prompt = request.request_id, request.prompt
-    reason = refusal(
-      len(prompt), request.max_new_tokens,
-      int(self._case.options.get("max_len", 512)), 1 << 31, prompt,
-    )  # fmt: skip
+    reason = refusal(request, self._max_len, self._vocab_size)
     if reason is not None:
       self._write("shed", self._now(), request_id=name, reason=reason)
       self._answers[name] = Answer(request, [], f"shed: {reason}")
@@ -283,6 +283,15 @@ def _kill(engine: subprocess.Popen) -> None:
   with contextlib.suppress(ProcessLookupError):
     os.killpg(engine.pid, signal.SIGKILL)
   engine.wait()
+
+
+def _vocab_size(checkpoint: pathlib.Path) -> int:
+  """The model's vocabulary, read without JAX."""
+  try:
+    config = json.loads((checkpoint / "config.json").read_text())
+    return int(config["vocab_size"])
+  except (OSError, ValueError, KeyError) as error:
+    raise RunFailed(f"{checkpoint}: no checkpoint there ({error})") from error
 
 
 def _environment(case: Case) -> dict[str, str]:

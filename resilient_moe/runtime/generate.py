@@ -80,10 +80,7 @@ def generate(
   requests = _requests(prompts, max_new_tokens, temperature, seed, stop)
   used = _options(requests, ranks, options or {})
   for r in requests:
-    reason = refusal(
-      len(r.prompt), max_new_tokens, used["max_len"], config.vocab_size,
-      r.prompt,
-    )  # fmt: skip
+    reason = refusal(r, used["max_len"], config.vocab_size)
     if reason is not None:
       raise ValueError(f"prompt {r.request_id}: {reason}")
   with tempfile.TemporaryDirectory() as scratch:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from resilient_moe.serving.request import Sequence
+from resilient_moe.serving.request import Request, Sequence
 from resilient_moe.serving.state import SchedulerState, drop, place
 
 # A suffix this short is fed through decode rows, one token a step: cheaper
@@ -208,19 +208,17 @@ def _advance(
     finished.append(Finish(name, "length", len(emitted)))
 
 
-def refusal(
-  prompt_tokens: int, max_new_tokens: int, max_len: int, vocab_size: int,
-  prompt: tuple[int, ...] = (),
-) -> str | None:  # fmt: skip
+def refusal(request: Request, max_len: int, vocab_size: int) -> str | None:
   """Why a request can't be accepted; None: it can."""
-  if prompt_tokens < 1:
+  prompt, new = request.prompt, request.max_new_tokens
+  if not prompt:
     return "the prompt is empty; at least 1 token"
-  if max_new_tokens < 1:
-    return f"max_new_tokens={max_new_tokens}; at least 1"
-  if prompt_tokens + max_new_tokens > max_len:
+  if new < 1:
+    return f"max_new_tokens={new}; at least 1"
+  if len(prompt) + new > max_len:
     return (
-      f"{prompt_tokens} prompt + {max_new_tokens} new tokens are longer than "
-      f"the cache's {max_len} positions"
+      f"{len(prompt)} prompt + {new} new tokens are longer than the cache's "
+      f"{max_len} positions"
     )
   for token in prompt:
     if not 0 <= token < vocab_size:

@@ -209,5 +209,5 @@ def test_nobody_seated_is_no_batch():
   ],
 )
 def test_refusals_name_the_value_and_the_limit(prompt, new, reason):
-  said = sch.refusal(len(prompt), new, 10, 50, prompt)
+  said = sch.refusal(Request("r", prompt, new), 10, 50)
   assert said is None if reason is None else re.search(reason, said)
