@@ -46,6 +46,8 @@ def save_checkpoint(
   tree = split_experts(config, jax.tree.map(cast, params))
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as saver:
     saver.save(partial / _PARAMS, args=ocp.args.PyTreeSave(tree))
+  for marker in (partial / _PARAMS).glob("commit_success.txt"):
+    marker.write_text("committed\n")  # orbax writes the machine's path there
   (partial / _CONFIG).write_text(
     json.dumps(dataclasses.asdict(config), indent=2) + "\n"
   )
