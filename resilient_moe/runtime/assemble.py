@@ -73,7 +73,8 @@ def plan_instance(case: Case, fresh: Fresh) -> Plans:
   config = read_config(case.checkpoint)
   options = StepOptions(**case.options)
   policy = make_policy(case)
-  token_kv = int(np.prod(cache_shape(config, options))) * 4
+  numbers = int(np.prod(cache_shape(config, options)))
+  token_kv = numbers * np.dtype(config.dtype).itemsize
   token_kv //= options.rows * options.cache_len
   bare = bare_view(
     case.ranks, config.n_experts, spares=policy.spares, top_k=config.top_k,

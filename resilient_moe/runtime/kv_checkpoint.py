@@ -84,7 +84,8 @@ class KVCheckpointer:
     self, batch: StepBatch, delta: jax.Array, row_count: int
   ) -> None:
     """Hands a committed step to the thread; never waits for it."""
-    self._pending += 1
+    with self._lock:  # the thread counts down
+      self._pending += 1
     self._queue.put((batch, delta, row_count))
 
   def holder(self, mesh: tuple[int, ...], place: int) -> int:
@@ -147,7 +148,8 @@ class KVCheckpointer:
         self._store(*item)
       except Exception as error:  # noqa: BLE001 - degrade, and say so
         self._warn(f"KV checkpoint stopped for a step: {error!r}")
-      self._pending -= 1
+      with self._lock:
+        self._pending -= 1
 
   def _store(
     self, batch: StepBatch, delta: jax.Array, row_count: int
