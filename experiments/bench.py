@@ -15,6 +15,7 @@ samples; the end is DIR/bench.md: target, measured, met.
   dispatch    all-to-all against all-gather
   layout      slots against gathered pages
   steps       where a decode step's host time goes
+  processes   the same on operating-system processes, and what readiness takes
 
 Exit status: 0 (also where a target is missed: bench.md says so); 2 for bad
 input.
@@ -51,6 +52,7 @@ BENCHMARKS = {
     "checkpoint",
     "ready",
     "stall",
+    "processes",
   )
 }
 
@@ -114,7 +116,8 @@ def run(
   results = []
   for name in names:
     start = time.monotonic()
-    if name == "stall":  # it has engines of its own, and the machine for them
+    # These have engines of their own, and the machine for them.
+    if name in ("stall", "processes"):
       bench_engine.close_all()
     result = importlib.import_module(BENCHMARKS[name]).run(settings, workdir)
     results.append(result)

@@ -92,7 +92,7 @@ def _checkpointer(engine: Engine, mode: str) -> KVCheckpointer:
     mode, (n_layers, heads, length, d), plans.config.dtype, rows * len(mesh),
     _fail,
   )  # fmt: skip
-  for name, place in backend._placed.items():
+  for name, place in backend.seats.items():
     kv = backend.store.read_row(place.rank, place.row, place.tokens)
     made.rebase(name, kv, made.holder(mesh, mesh.index(place.rank)))
   return made

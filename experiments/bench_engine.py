@@ -15,6 +15,7 @@ from experiments import bench_models as models
 from resilient_moe.runtime import assemble
 from resilient_moe.runtime.case import Case
 from resilient_moe.runtime.channel import ChannelRecorder
+from resilient_moe.runtime.process import supervise
 from resilient_moe.serving.scheduler import (
   StepBatch,
   admit,
@@ -56,11 +57,14 @@ class Engine:
     workdir: pathlib.Path,
     policy: str,
     kwargs: Mapping[str, Any],
+    ranks: int = 0,
   ) -> None:
+    """`ranks`: on so many processes; 0: on the settings' emulated ranks."""
     folder = models.folder_of(name, model, workdir)
     case = Case(
-      str(folder), policy, dict(kwargs), "bench", model.seeds[0], "emulated",
-      "collocated", settings.ranks, dict(model.options), (), (),
+      str(folder), policy, dict(kwargs), "bench", model.seeds[0],
+      "process" if ranks else "emulated", "collocated",
+      ranks or settings.ranks, dict(model.options), (), (), wait_ready=False,
     )  # fmt: skip
     fresh = assemble.Fresh()
     self.plans = assemble.plan_instance(case, fresh)
@@ -68,10 +72,16 @@ class Engine:
     shutil.rmtree(self.scratch, ignore_errors=True)
     self.scratch.mkdir(parents=True)
     self.recorder = ChannelRecorder(lambda line: None, time.monotonic())
-    devices = models.devices(settings.ranks + self.plans.policy.spares)
-    self.backend = assemble.assemble(
-      case, self.plans, fresh, devices, self.scratch, self.recorder
-    )
+    self.backend: Any
+    if ranks:
+      self.backend = supervise.assemble(
+        case, self.plans, fresh, self.scratch, self.recorder
+      )
+    else:
+      devices = models.devices(settings.ranks + self.plans.policy.spares)
+      self.backend = assemble.assemble(
+        case, self.plans, fresh, devices, self.scratch, self.recorder
+      )
     self.number = 0
     self._model = model
     self.chunk = self.plans.shape.options.chunk

@@ -25,9 +25,9 @@ def run(settings: models.Settings, workdir: pathlib.Path) -> Result:
     engine.backend.checkpointer, kept = None, engine.backend.checkpointer
     state = engine.decoding()
     before = _rss()
-    usual = _usual(engine, state, settings)
-    compiling, running, took_s = _making_ready(engine, state, settings)
-    usual += _usual(engine, state, settings)
+    usual = usual_steps(engine, state, settings)
+    compiling, running, took_s = making_ready(engine, state, settings)
+    usual += usual_steps(engine, state, settings)
     found = {"usual": usual, "compiling": compiling, "running": running}
     samples |= {f"{name}/{k}": v for k, v in found.items()}
     base = stat(usual).median
@@ -56,16 +56,17 @@ def run(settings: models.Settings, workdir: pathlib.Path) -> Result:
   return Result("ready", rows, samples, targets, (note,))
 
 
-def _usual(
+def usual_steps(
   engine: Engine, state: SchedulerState, settings: models.Settings
 ) -> list[float]:
+  """Seconds of steps with nothing beside them."""
   found: list[float] = []
   for _ in range(settings.pairs):
     found += engine.steps(state, settings.block_steps)
   return found
 
 
-def _making_ready(
+def making_ready(
   engine: Engine, state: SchedulerState, settings: models.Settings
 ) -> tuple[list[float], list[float], float]:
   """Steps until all are ready: while compiling, with a program run; seconds."""

@@ -81,7 +81,7 @@ def _watched(
   what = [
     (bench_engine, "schedule", "schedule"),
     (emulated, "packed", "pack"),
-    (backend, "_place", "place"),
+    (backend.seats, "note", "place"),
     (device_store, "_assemble", "views"),
     (jax, "device_put", "put"),
     (jax, "block_until_ready", "wait"),

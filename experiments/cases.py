@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import resilient_moe
 from experiments.settings import BY_SCENARIO, NO_FAULTS, Settings
-from resilient_moe.faults import Fault, parse_schedule, scenario
+from resilient_moe.faults import (
+  PROCESS_KINDS,
+  Fault,
+  parse_schedule,
+  scenario,
+)
 from resilient_moe.recovery import load
 from resilient_moe.runtime.case import Case
 from resilient_moe.serving.request import Request
@@ -45,7 +50,7 @@ class Job:
 
   @property
   def twin_place(self) -> pathlib.PurePath:
-    """The folder of its fault-free twin."""
+    """The folder of its fault-free twin, unless all of a seed share one."""
     return self.place.parent.parent / TWIN / self.place.name
 
   @property
@@ -55,7 +60,7 @@ class Job:
 
 
 def jobs(settings: Settings) -> list[Job]:
-  """Every run, for each scenario and seed the twin first.
+  """Every run, for each scenario and seed the twin first (or once a seed).
 
   Raises:
     ValueError: for the first thing that can't work.
@@ -69,10 +74,10 @@ def jobs(settings: Settings) -> list[Job]:
   for each in requests.values():
     _check_fit(each, options, model)
   found = []
-  for name in _scenarios(settings):
+  for name, policies in _policies(settings).items():
     for seed in settings.seeds:
       faults = _faults(settings, name, seed)
-      for policy in dict.fromkeys((TWIN, *settings.policies)):
+      for policy in policies:
         case = Case(
           checkpoint=str(folder),
           policy=policy,
@@ -86,9 +91,10 @@ def jobs(settings: Settings) -> list[Job]:
           requests=requests[seed],
           faults=() if policy == TWIN else faults,
           wait_ready=settings.wait_ready,
+          detector=settings.detector,
         )
         found.append(Job(case, _record(case, f"{model_crc:08x}")))
-  return found
+  return _chosen(settings, found) if settings.only else found
 
 
 def _record(case: Case, model_crc: str) -> dict[str, Any]:
@@ -193,8 +199,51 @@ def _scenarios(settings: Settings) -> tuple[str, ...]:
   return (TWIN,) if settings.faults == NO_FAULTS else (CUSTOM,)
 
 
+def _policies(settings: Settings) -> dict[str, tuple[str, ...]]:
+  """By scenario, the policies that go through it, the twin first."""
+  asked = _scenarios(settings)
+  everybody = tuple(dict.fromkeys((TWIN, *settings.policies)))
+  found = dict.fromkeys(asked, everybody)
+  if settings.shared_twin:
+    rest = tuple(policy for policy in everybody if policy != TWIN)
+    found = {TWIN: (TWIN,)} | dict.fromkeys(asked, rest)
+    if TWIN in asked:
+      found[TWIN] = everybody
+  for pair in settings.leave_out:
+    name, _, policy = pair.partition("/")
+    if policy == TWIN or policy not in found.get(name, ()):
+      raise ValueError(
+        f"config.leave_out={pair!r} leaves nothing out; scenarios:"
+        f" {', '.join(asked)}; policies: {', '.join(settings.policies)}"
+      )
+    found[name] = tuple(each for each in found[name] if each != policy)
+  return found
+
+
+def _chosen(settings: Settings, found: Iterable[Job]) -> list[Job]:
+  """The only case that is asked for, after its twin."""
+  by_place = {str(job.place): job for job in found}
+  if settings.only not in by_place:
+    raise ValueError(
+      f"config.only={settings.only!r} is no case of this config; scenarios:"
+      f" {', '.join(_scenarios(settings))}; policies:"
+      f" {', '.join((TWIN, *settings.policies))}; seeds:"
+      f" {', '.join(map(str, settings.seeds))}"
+    )
+  job = by_place[settings.only]
+  twin = by_place.get(str(job.twin_place)) or by_place[str(shared_twin(job))]
+  return [twin] if twin is job else [twin, job]
+
+
+def shared_twin(job: Job) -> pathlib.PurePath:
+  """The folder of the twin that all cases of a seed share."""
+  return pathlib.PurePath(TWIN, TWIN, job.place.name)
+
+
 def _faults(settings: Settings, name: str, seed: int) -> tuple[Fault, ...]:
   """What breaks, and that somebody survives it."""
+  if name == TWIN:
+    return ()
   ranks = settings.ranks
   if isinstance(settings.faults, str):
     faults = scenario(
@@ -208,6 +257,11 @@ def _faults(settings: Settings, name: str, seed: int) -> tuple[Fault, ...]:
   else:
     faults = parse_schedule(settings.faults, ranks)
   for fault in faults:
+    if fault.kind in PROCESS_KINDS and settings.runtime != "process":
+      raise ValueError(
+        f"scenario {name!r}: a fault {fault.kind!r} needs real processes, and"
+        f" the runtime is {settings.runtime!r}; give config.runtime=process"
+      )
     if fault.kind != "straggler" and len(fault.ranks) >= ranks:
       raise ValueError(
         f"scenario {name!r} takes {len(fault.ranks)} of {ranks} ranks at once;"

@@ -18,6 +18,8 @@ def seconds(value: float) -> str:
 def ranks_of(event: Mapping[str, Any]) -> str:
   """The ranks that an event names, in words."""
   ranks = event["ranks"]
+  if not ranks:
+    return "no rank"
   noun = "rank" if len(ranks) == 1 else "ranks"
   return f"{noun} {', '.join(map(str, ranks))}"
 

@@ -82,6 +82,8 @@ def _device_kind(runtime: str, ranks: int) -> str:
   where = os.environ.get("JAX_PLATFORMS") or "cpu"
   if runtime == "emulated":
     return f"{ranks} virtual devices in one process, emulated on {where}"
+  if runtime == "process":
+    return f"{ranks} operating-system processes of this machine ({where})"
   return f"{ranks} {runtime} ranks on one device ({where})"
 
 

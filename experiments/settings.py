@@ -41,7 +41,13 @@ class Settings:
     fault_rank: whom it strikes first; -1: the seed draws one.
     fault_after_ready: faults wait until the ready meshes are ready.
     wait_ready: traffic waits until they are.
+    detector: fields of `runtime.process.rules.Limits` (probe_interval_s,
+      misses, stuck_s, ...), for the process runtime.
     slo: objectives that goodput is counted against.
+    shared_twin: the fault-free twin is run once a seed, as the scenario
+      `none`, and not once a scenario and seed.
+    leave_out: SCENARIO/POLICY pairs that are not run.
+    only: SCENARIO/POLICY/seedN, the one case to run (with its twin).
   """
 
   checkpoint: str
@@ -61,7 +67,11 @@ class Settings:
   fault_rank: int = -1
   fault_after_ready: bool = False
   wait_ready: bool = True
+  detector: dict[str, Any] = dataclasses.field(default_factory=dict)
   slo: dict[str, float] = dataclasses.field(default_factory=dict)
+  shared_twin: bool = False
+  leave_out: tuple[str, ...] = ()
+  only: str = ""
 
 
 def read(config: ml_collections.ConfigDict) -> Settings:
@@ -135,6 +145,26 @@ def _names(key: str, value: Any) -> tuple[str, ...]:
   return tuple(_text(key, part) for part in _listed(key, value))
 
 
+def _pairs(key: str, value: Any) -> tuple[str, ...]:
+  """SCENARIO/POLICY pairs; there may be none."""
+  pairs = _names(key, value) if value else ()
+  for pair in pairs:
+    _check_path(key, pair, "SCENARIO/POLICY")
+  return pairs
+
+
+def _place(key: str, value: Any) -> str:
+  if value:
+    _check_path(key, _text(key, value), "SCENARIO/POLICY/seedN")
+  return value or ""
+
+
+def _check_path(key: str, path: str, needed: str) -> None:
+  parts = path.split("/")
+  if len(parts) != needed.count("/") + 1 or not all(parts):
+    raise ValueError(f"{key}={path!r}: needed is {needed}")
+
+
 def _seeds(key: str, value: Any) -> tuple[int, ...]:
   parts = _listed(key, value)
   wrong = [p for p in parts if not str(p).isdecimal() or p is True]
@@ -202,10 +232,13 @@ def _leaves(
 _READERS: dict[str, Callable[[str, Any], Any]] = {
   "checkpoint": _text,
   "deployment": _text,
+  "detector": _table,
   "fault_after_ready": _truth,
   "fault_rank": _integer(-1),
   "fault_step": _integer(0),
   "faults": _faults,
+  "leave_out": _pairs,
+  "only": _place,
   "options": _table,
   "policies": _names,
   "policy_kwargs": _policy_kwargs,
@@ -213,6 +246,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
   "runtime": _text,
   "scenarios": _names,
   "seeds": _seeds,
+  "shared_twin": _truth,
   "slo": _slo,
   "wait_ready": _truth,
   "workload": _table,

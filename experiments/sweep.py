@@ -8,15 +8,17 @@ finished, interrupted or another comparison's.
 import dataclasses
 import json
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.cases import Job
+from experiments.cases import TWIN, Job
 from experiments.settings import Settings
 from resilient_moe import report
 from resilient_moe.report.runs import write_text
 from resilient_moe.runtime.case import Case, RunFailed
+from resilient_moe.runtime.gateway import SCRATCH, killed
 
 Watch = Callable[[dict[str, Any]], None]
 RunCase = Callable[[Case, pathlib.Path, Watch], None]
@@ -26,10 +28,13 @@ RunCase = Callable[[Case, pathlib.Path, Watch], None]
 # are part of each case.
 _MAY_CHANGE = {
   "faults",
+  "leave_out",
+  "only",
   "policies",
   "policy_kwargs",
   "scenarios",
   "seeds",
+  "shared_twin",
   "slo",
 }
 _RUN_FILES = (
@@ -89,8 +94,10 @@ def run(
   """Runs one job and judges it; what came of it, in words."""
   folder = workdir / job.place
   folder.mkdir(parents=True, exist_ok=True)
-  for name in _RUN_FILES:
-    (folder / name).unlink(missing_ok=True)
+  if not _goes_on(folder, job):
+    for name in _RUN_FILES:
+      (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / SCRATCH, ignore_errors=True)
   _write_json(folder / "case.json", {"digest": job.digest, "case": job.record})
   try:
     run_case(job.case, folder, watch)
@@ -107,6 +114,12 @@ def run(
   return describe(workdir, job)
 
 
+def _goes_on(folder: pathlib.Path, job: Job) -> bool:
+  """Whether this very run of processes was killed and can be resumed."""
+  same = _read_json(folder / "case.json").get("digest") == job.digest
+  return same and killed(folder) and job.case.runtime == "process"
+
+
 def judge(
   workdir: pathlib.Path,
   place: pathlib.PurePath,
@@ -118,10 +131,10 @@ def judge(
   With `error`, why the run failed, the verdict is never a valid one.
   """
   events = report.read_history(workdir / place / "history.jsonl")
-  twin = workdir / twin_place
+  twin = twin_folder(workdir, twin_place)
   # A twin that failed proves nothing.
   failed = place == twin_place or error_of(twin)
-  verdict = report.verdict(events, None if failed else _events(twin))
+  verdict = report.verdict(events, None if failed else events_of(twin))
   if error is not None:
     verdict["error"] = error
     verdict["failed"] = [*verdict["failed"], "run failed"]
@@ -130,14 +143,25 @@ def judge(
   _write_json(workdir / place / "verdict.json", verdict)
 
 
+def twin_folder(
+  workdir: pathlib.Path, twin_place: pathlib.PurePath
+) -> pathlib.Path:
+  """Where the twin lies: the case's own, else the one that a seed shares.
+
+  Either is the same run: a twin has no faults, whatever the scenario.
+  """
+  own = workdir / twin_place
+  return own if own.is_dir() else workdir / TWIN / TWIN / own.name
+
+
 def error_of(folder: pathlib.Path) -> str | None:
   """Why the run in this folder failed; None if it didn't."""
-  return _verdict(folder).get("error")
+  return verdict_of(folder).get("error")
 
 
 def describe(workdir: pathlib.Path, job: Job) -> str:
   """The verdict in words."""
-  verdict = _verdict(workdir / job.place)
+  verdict = verdict_of(workdir / job.place)
   if verdict.get("error"):
     return f"failed: {verdict['error']}"
   why = f" ({', '.join(verdict['failed'])})" if verdict["failed"] else ""
@@ -149,13 +173,13 @@ def complaints(workdir: pathlib.Path, jobs: Iterable[Job]) -> list[str]:
   return [
     f"{job.place}: {describe(workdir, job)}"
     for job in jobs
-    if _verdict(workdir / job.place).get("overall") not in report.VALID
+    if verdict_of(workdir / job.place).get("overall") not in report.VALID
   ]
 
 
 def _finished(folder: pathlib.Path, job: Job) -> bool:
   """Whether the job was run to its end; a run that failed is run again."""
-  verdict = _verdict(folder)
+  verdict = verdict_of(folder)
   if not verdict:
     return False
   found = _read_json(folder / "case.json")
@@ -194,12 +218,14 @@ def _brief(value: Any) -> str:
   return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _events(folder: pathlib.Path) -> list[report.Event] | None:
+def events_of(folder: pathlib.Path) -> list[report.Event] | None:
+  """The history of the run in this folder; None if it left none."""
   file = folder / "history.jsonl"
   return report.read_history(file) if file.is_file() else None
 
 
-def _verdict(folder: pathlib.Path) -> dict[str, Any]:
+def verdict_of(folder: pathlib.Path) -> dict[str, Any]:
+  """What its `verdict.json` says; empty where there is none."""
   return _read_json(folder / "verdict.json")
 
 

@@ -4,6 +4,7 @@ A *fault* is what really happened; a policy sees only the *failure* that a
 detector reports (`resilient_moe.recovery`).
 """
 
+from resilient_moe.faults.draw import random_schedule
 from resilient_moe.faults.injector import Injector
 from resilient_moe.faults.parse import parse_schedule
 from resilient_moe.faults.scenarios import (
@@ -15,17 +16,20 @@ from resilient_moe.faults.scenarios import (
 from resilient_moe.faults.schedule import (
   KINDS,
   PHASES,
+  PROCESS_KINDS,
+  RANKLESS_KINDS,
   Fault,
   Moment,
   Schedule,
   check_ranks,
   due,
-  random_schedule,
 )
 
 __all__ = [
   "KINDS",
   "PHASES",
+  "PROCESS_KINDS",
+  "RANKLESS_KINDS",
   "SCENARIOS",
   "Fault",
   "Injector",

@@ -53,6 +53,12 @@ class Injector:
       if self._leaving.pop(rank, None) is not None:
         self._lost.add(rank)
 
+  def add_lost(self, ranks: Iterable[int]) -> None:
+    """These ranks are gone for another reason: no fault can strike them."""
+    for rank in ranks:
+      self._leaving.pop(rank, None)
+      self._lost.add(rank)
+
   def returned(self, ranks: Iterable[int]) -> None:
     """Replacements for these ranks serve, and can be struck again."""
     self._lost.difference_update(ranks)
@@ -102,12 +108,12 @@ class Injector:
 
   def _note(self, fault: Fault, t_s: float) -> None:
     """Keeps what a fault does to its ranks."""
-    for rank in fault.ranks:
-      if fault.kind == "rank_lost":
-        self._leaving.pop(rank, None)
-        self._lost.add(rank)
-      elif fault.kind == "rank_leaving":
-        assert fault.deadline_s is not None  # checked by Fault
+    stopped = fault.kind == "rank_stuck" and fault.resume_s is None
+    if fault.kind == "rank_lost" or stopped:
+      self.add_lost(fault.ranks)
+    elif fault.kind == "rank_leaving":
+      assert fault.deadline_s is not None  # checked by Fault
+      for rank in fault.ranks:
         self._leaving.setdefault(rank, t_s + fault.deadline_s)
 
 

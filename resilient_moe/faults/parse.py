@@ -4,7 +4,12 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from resilient_moe.faults.schedule import Fault, Schedule, check_ranks
+from resilient_moe.faults.schedule import (
+  RANKLESS_KINDS,
+  Fault,
+  Schedule,
+  check_ranks,
+)
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Fault))
 
@@ -45,6 +50,8 @@ def _parse_fault(index: int, item: Mapping[str, Any] | Fault) -> Fault:
       f"fault {index}: unknown field {unknown[0]!r}; "
       f"choose from {', '.join(_FIELDS)}"
     )
+  if fields.get("kind") in RANKLESS_KINDS:
+    fields.setdefault("ranks", ())
   for name in ("kind", "ranks"):
     if name not in fields:
       raise ValueError(f"fault {index}: {name!r} is missing in {fields!r}")

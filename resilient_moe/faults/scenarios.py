@@ -8,11 +8,14 @@ import dataclasses
 import random
 from collections.abc import Callable
 
+from resilient_moe.faults import processes
 from resilient_moe.faults.schedule import Fault, Schedule
 
 GAP_STEPS = 10  # between losses that come one after another
 WINDOW_STEPS = 40  # in which a random fault strikes
 WARNING_S = 1.0  # of a maintenance
+SLOWDOWN = 4.0  # of a straggler
+KILLS = 5  # of the scenario that does not stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,7 @@ def scenario(
     seed: draws what is not given.
     at_step: when the first fault may strike.
     rank: whom it strikes first; drawn when not given.
-    after_ready: wait until the policy's ready meshes are ready.
+    after_ready: each fault waits for readiness, as in `Fault`.
 
   Returns:
     The schedule.
@@ -160,6 +163,36 @@ def at_random(setting: Setting) -> Schedule:
   return (Fault("rank_lost", (setting.rank,), at_step=setting.at_step + later),)
 
 
+def straggler(setting: Setting) -> Schedule:
+  """A rank works on, four times slower."""
+  return (
+    Fault(
+      "straggler",
+      (setting.rank,),
+      at_step=setting.at_step,
+      slowdown=SLOWDOWN,
+    ),
+  )
+
+
+def killed_again_and_again(setting: Setting) -> Schedule:
+  """Ranks are lost one after the other, each once all are back.
+
+  The same rank may be drawn twice: its replacement is lost then.
+  """
+  rng = random.Random(f"scenario/again/{setting.seed}")
+  ranks = [setting.rank, *rng.choices(range(setting.ranks), k=KILLS - 1)]
+  return tuple(
+    Fault(
+      "rank_lost",
+      (rank,),
+      at_step=setting.at_step + index * GAP_STEPS + rng.randint(0, GAP_STEPS),
+      after_ready=True,
+    )
+    for index, rank in enumerate(ranks)
+  )
+
+
 def _lost(setting: Setting, *ranks: int, phase: str = "any") -> Fault:
   return Fault("rank_lost", ranks, at_step=setting.at_step, phase=phase)
 
@@ -184,4 +217,28 @@ SCENARIOS: dict[str, Scenario] = {
   ),
   "maintenance": Scenario(maintenance, frozenset({"single", "warning"}), 2),
   "random": Scenario(at_random, frozenset({"single", "random"}), 2),
+  "straggler": Scenario(straggler, frozenset({"single", "slow"}), 2),
+  # Needs replacements, so a policy that asks for them.
+  "killed_again_and_again": Scenario(
+    killed_again_and_again,
+    frozenset({"several", "repeated", "random", "replaced"}),
+    2,
+  ),
+  "rank_stuck": Scenario(
+    processes.rank_stuck, frozenset({"single", "stuck", "process"}), 2
+  ),
+  "rank_stuck_returns": Scenario(
+    processes.rank_stuck_returns, frozenset({"single", "stuck", "process"}), 2
+  ),
+  "store_lost": Scenario(
+    processes.store_lost, frozenset({"store", "process"}), 1
+  ),
+  "store_and_rank": Scenario(
+    processes.store_and_rank,
+    frozenset({"several", "store", "checkpoint_lost", "process"}),
+    2,
+  ),
+  "supervisor_lost": Scenario(
+    processes.supervisor_lost, frozenset({"supervisor", "process"}), 1
+  ),
 }

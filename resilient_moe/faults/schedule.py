@@ -7,10 +7,19 @@ schedule drives the emulated, the process and the simulated runtime.
 
 import dataclasses
 import math
-import random
 from collections.abc import Collection
 
-KINDS = ("rank_lost", "rank_leaving", "straggler")
+KINDS = (
+  "rank_lost",
+  "rank_leaving",
+  "straggler",
+  "rank_stuck",
+  "store_lost",
+  "supervisor_lost",
+)
+# Only real processes can be stopped, or killed beside the ranks.
+PROCESS_KINDS = ("rank_stuck", "store_lost", "supervisor_lost")
+RANKLESS_KINDS = ("store_lost", "supervisor_lost")
 PHASES = ("any", "decode", "prefill")
 TRIGGERS = ("at_step", "at_s", "at_tokens")
 
@@ -26,8 +35,11 @@ class Fault:
   Attributes:
     kind: `rank_lost` (the ranks and their memory are gone), `rank_leaving` (a
       warning; they are lost `deadline_s` seconds later, unless drained by
-      then) or `straggler` (they work on, `slowdown` times slower).
-    ranks: whom it strikes, all at once.
+      then), `straggler` (they work on, `slowdown` times slower), `rank_stuck`
+      (their processes are stopped; their memory stays), `store_lost` (the
+      process with the KV checkpoints is killed) or `supervisor_lost`. The last
+      three need real processes (`PROCESS_KINDS`).
+    ranks: whom it strikes, all at once; () for the store and the supervisor.
     at_step: steps that the engine has committed.
     at_s: seconds on the run's clock.
     at_tokens: tokens emitted so far, over all requests.
@@ -35,9 +47,12 @@ class Fault:
       prefill; `any` does not care.
     deadline_s: how long the warning of `rank_leaving` is.
     slowdown: how much slower a straggler is, more than 1.
+    resume_s: seconds after which stuck ranks go on, more than 0; None: never.
     during_recovery: strikes inside a recovery, once this many of its actions
       have been executed. A recovery with fewer actions is left alone.
-    after_ready: waits until the meshes that the policy keeps ready are ready.
+    after_ready: waits until the meshes that the policy keeps ready are ready
+      and, on real processes, repairs are done. What strikes ends that, so of
+      several that wait only the first strikes; the others wait again.
   """
 
   kind: str
@@ -48,12 +63,13 @@ class Fault:
   phase: str = "any"
   deadline_s: float | None = None
   slowdown: float | None = None
+  resume_s: float | None = None
   during_recovery: int | None = None
   after_ready: bool = False
 
   def __post_init__(self) -> None:
     _check_kind(self)
-    _check_list_of_ranks(self.ranks)
+    _check_list_of_ranks(self)
     _check_trigger(self)
 
 
@@ -69,18 +85,20 @@ class Moment:
   emitted_tokens: int  # over all requests
   in_prefill: bool = False  # the step at hand prefills for some request
   recovery_actions: int | None = None  # executed so far; None: no recovery
-  ready: bool = True  # the ready meshes are ready
+  ready: bool = True  # the ready meshes are ready, repairs are done
 
 
 def due(
   schedule: Schedule, fired: Collection[int], moment: Moment
 ) -> tuple[int, ...]:
   """Indices of the faults that strike now, in schedule order."""
-  return tuple(
+  struck = [
     index
     for index, fault in enumerate(schedule)
     if index not in fired and _strikes(fault, moment)
-  )
+  ]
+  waited = [index for index in struck if schedule[index].after_ready]
+  return tuple(index for index in struck if index not in waited[1:])
 
 
 def check_ranks(schedule: Schedule, ranks: int) -> Schedule:
@@ -93,51 +111,6 @@ def check_ranks(schedule: Schedule, ranks: int) -> Schedule:
           f"{ranks} ranks have ids 0 to {ranks - 1}"
         )
   return schedule
-
-
-def random_schedule(
-  seed: int,
-  ranks: int,
-  steps: tuple[int, int],
-  count: int = 1,
-  *,
-  phases: tuple[str, ...] = ("any",),
-  after_ready: bool = False,
-) -> Schedule:
-  """`count` losses of different ranks, at seeded steps, sorted by step.
-
-  Args:
-    seed: equal seeds give equal schedules, on any machine.
-    ranks: how many there are; at least one is never struck.
-    steps: first and last step at which a fault may strike.
-    count: how many ranks are lost, one fault each.
-    phases: the phase of each fault is drawn from these.
-    after_ready: as in `Fault`.
-
-  Returns:
-    The schedule.
-  """
-  if not 0 <= count < ranks:
-    raise ValueError(
-      f"count is {count}; of {ranks} ranks 0 to {ranks - 1} can be lost"
-    )
-  first, last = steps
-  if not 0 <= first <= last:
-    raise ValueError(f"steps is {steps}; needed is 0 <= first <= last")
-  # A string is hashed to a seed the same way by every Python.
-  rng = random.Random(f"faults/{seed}")
-  struck = rng.sample(range(ranks), count)
-  when = sorted(rng.randint(first, last) for _ in range(count))
-  return tuple(
-    Fault(
-      "rank_lost",
-      (rank,),
-      at_step=step,
-      phase=rng.choice(phases),
-      after_ready=after_ready,
-    )
-    for rank, step in zip(struck, when, strict=True)
-  )
 
 
 def _strikes(fault: Fault, moment: Moment) -> bool:
@@ -167,9 +140,10 @@ def _check_kind(fault: Fault) -> None:
     raise ValueError(
       f"unknown kind of fault {fault.kind!r}; choose from {', '.join(KINDS)}"
     )
-  for kind, field, low in (
-    ("rank_leaving", "deadline_s", 0.0),
-    ("straggler", "slowdown", 1.0),
+  for kind, field, low, needed in (
+    ("rank_leaving", "deadline_s", 0.0, True),
+    ("straggler", "slowdown", 1.0, True),
+    ("rank_stuck", "resume_s", 0.0, False),
   ):
     value = getattr(fault, field)
     if fault.kind != kind:
@@ -177,14 +151,22 @@ def _check_kind(fault: Fault) -> None:
         raise ValueError(
           f"fault {fault.kind!r}: {field}={value!r} belongs to {kind!r} only"
         )
-    elif not _is_number(value) or value <= low:
+    elif (needed or value is not None) and not _is_number(value, above=low):
       raise ValueError(
         f"fault {kind!r}: {field} is {value!r}; needed is a number above {low}"
       )
 
 
-def _check_list_of_ranks(ranks: tuple[int, ...]) -> None:
-  """At least one rank, none negative, none twice."""
+def _check_list_of_ranks(fault: Fault) -> None:
+  """At least one rank, none negative, none twice; or none at all."""
+  ranks = fault.ranks
+  if fault.kind in RANKLESS_KINDS:
+    if ranks != ():
+      raise ValueError(
+        f"fault {fault.kind!r}: ranks is {ranks!r}; it strikes no rank, so "
+        "needed is ()"
+      )
+    return
   if not isinstance(ranks, tuple) or not ranks:
     raise ValueError(f"ranks is {ranks!r}; needed is a tuple of rank ids")
   for rank in ranks:
@@ -229,9 +211,10 @@ def _is_count(value: object) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object, above: float = -math.inf) -> bool:
   return (
     isinstance(value, int | float)
     and not isinstance(value, bool)
     and math.isfinite(value)
+    and value > above
   )

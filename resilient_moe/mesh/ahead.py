@@ -1,7 +1,8 @@
 """Compiles step programs ahead of time, in a process of low priority.
 
-  python -m resilient_moe.mesh.ahead STORE N_DEVICES SIZE [SIZE ...]
+  python -m resilient_moe.mesh.ahead idle|now STORE N_DEVICES SIZE [SIZE ...]
 
+`idle` stands back behind everybody else; `now` is for a start that waits.
 Serving goes on meanwhile: a thread would share the interpreter lock and the
 cores with it. Measured (bench `ready`): beside a process of nice 19 decode
 takes 1.35 times as long, beside one that the scheduler counts as idle 1.01.
@@ -17,19 +18,22 @@ SHAPE_FILE = "shape.json"
 
 
 def start(
-  store: pathlib.Path, n_devices: int, sizes: list[int]
+  store: pathlib.Path, n_devices: int, sizes: list[int], when: str = "idle"
 ) -> subprocess.Popen:
-  """Starts the compiler process; it ends by itself."""
-  command = [sys.executable, "-m", __name__, str(store), str(n_devices)]
+  """Starts the compiler process; it ends by itself. `when`: idle or now."""
+  command = [sys.executable, "-m", __name__, when, str(store), str(n_devices)]
   return subprocess.Popen(
     command + [str(s) for s in sizes], stdin=subprocess.DEVNULL,
     env={**os.environ, "JAX_PLATFORMS": "cpu"},
   )  # fmt: skip
 
 
-def main(store: pathlib.Path, n_devices: int, sizes: list[int]) -> None:
-  """Fills the store with the step programs of each mesh size."""
-  _stand_back()
+def main(
+  when: str, store: pathlib.Path, n_devices: int, sizes: list[int]
+) -> None:
+  """Fills the store: programs of a rank, steps of each mesh size."""
+  if when == "idle":
+    _stand_back()
   import jax
 
   jax.config.update("jax_num_cpu_devices", n_devices)
@@ -39,7 +43,9 @@ def main(store: pathlib.Path, n_devices: int, sizes: list[int]) -> None:
   executables = Executables(shape, store)
   jobs = [(c, jax.devices()[:s]) for s in sizes for c in shape.chunks()]
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    ranks = pool.submit(executables.rank_programs, jax.devices()[0])
     list(pool.map(lambda job: executables.compile_for(*job), jobs))
+    ranks.result()
 
 
 def _stand_back() -> None:
@@ -51,5 +57,6 @@ def _stand_back() -> None:
 
 if __name__ == "__main__":
   main(
-    pathlib.Path(sys.argv[1]), int(sys.argv[2]), [int(s) for s in sys.argv[3:]]
-  )
+    sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3]),
+    [int(s) for s in sys.argv[4:]],
+  )  # fmt: skip

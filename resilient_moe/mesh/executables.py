@@ -83,13 +83,19 @@ class Executables:
 
   def rank_programs(self, device: jax.Device) -> dict[str, jax.stages.Compiled]:
     """The collective-free programs of one device."""
-    names = [f"commit{c}" for c in self.shape.chunks()] + ["write_slot"]
     lowered = functools.cache(lambda: lower_rank_programs(self.shape, device))
     at = lambda name: lowered()[name]
     return {
       name: self._get(name, [device], functools.partial(at, name))[0]
-      for name in names
+      for name in self._rank_names()
     }
+
+  def has_rank_programs(self) -> bool:
+    """Whether they can be had without compiling."""
+    return all(self._find(name) is not None for name in self._rank_names())
+
+  def _rank_names(self) -> list[str]:
+    return [f"commit{c}" for c in self.shape.chunks()] + ["write_slot"]
 
   def available(self, chunk: int, size: int) -> bool:
     """Whether a step over `size` ranks can be had without compiling."""

@@ -189,7 +189,17 @@ def _restore(folder: pathlib.Path, wanted: Tree, config: ModelConfig) -> Tree:
     restore_args=jax.tree.map(lambda _: leaf, wanted),
     partial_restore=True,
   )
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as loader:
+  # Each process of a job reads by itself: nobody waits for the others, of
+  # whom some may be dead.
+  alone = ocp.options.MultiprocessingOptions()
+  if jax.process_count() > 1:
+    alone = ocp.options.MultiprocessingOptions(
+      primary_host=None,
+      active_processes={jax.process_index()},
+      barrier_sync_key_prefix=f"process{jax.process_index()}",
+    )
+  handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+  with ocp.Checkpointer(handler, multiprocessing_options=alone) as loader:
     tree = loader.restore(folder / _PARAMS, args=args)
   for (key, want), got in zip(
     jax.tree_util.tree_leaves_with_path(wanted),

@@ -1,5 +1,7 @@
 """The checker that compares a run with its fault-free twin, by token."""
 
+from typing import NamedTuple
+
 from resilient_moe.report import ledger as ledger_lib
 from resilient_moe.report.checkers import Value, Verdict
 from resilient_moe.report.history import Event, RequestId, of_kind, run_of
@@ -13,6 +15,47 @@ def finished_sequences(events: list[Event]) -> dict[RequestId, list[int]]:
       for root, answer in answers.items()
       if answer.finished is not None
   }
+
+
+class Compared(NamedTuple):
+  """Answers beside the fault-free twin's."""
+
+  finished: int  # in the twin
+  lost: int  # of those, not finished here
+  equal: int  # of those, finished here with the same tokens
+
+
+def compared(events: list[Event], twin: list[Event]) -> Compared:
+  """Counts the answers of the twin that are here, and that are equal."""
+  ours, theirs = finished_sequences(events), finished_sequences(twin)
+  equal = sum(ours.get(root) == each for root, each in theirs.items())
+  return Compared(len(theirs), len(theirs.keys() - ours.keys()), equal)
+
+
+def changed_tokens(events: list[Event], twin: list[Event]) -> int:
+  """Emitted tokens that are not the twin's at their position.
+
+  Of all answers, finished or not: a client saw them.
+  """
+  theirs = finished_sequences(twin)
+  ledger = ledger_lib.ledger_of(events)
+  return sum(
+      token.token not in theirs.get(ledger.root(request_id), [])
+      [token.position : token.position + 1]
+      for request_id, request in ledger.requests.items()
+      for token in request.tokens
+  )
+
+
+def repeated_tokens(events: list[Event]) -> int:
+  """Emissions at a position that the same request had been given before."""
+  seen: set[tuple[RequestId, int]] = set()
+  count = 0
+  for event in of_kind(events, "step"):
+    for request_id, position, _ in event["emitted"]:
+      count += (request_id, position) in seen
+      seen.add((request_id, position))
+  return count
 
 
 def _prompts(events: list[Event]) -> dict[RequestId, list[int]]:

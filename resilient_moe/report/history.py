@@ -165,16 +165,22 @@ class History(Recorder, list[Event]):
 
 
 class HistoryWriter(Recorder):
-  """Events to a file, started anew: one JSON line each, flushed at once."""
+  """Events to a file: one JSON line each, flushed at once."""
 
   def __init__(
       self,
       path: str | pathlib.Path,
       clock: Callable[[], float] = time.monotonic,
+      after_s: float | None = None,
   ):
+    """`after_s`: goes on with a file whose run is this many seconds old."""
     super().__init__(clock)
+    if after_s is not None:
+      self.start_s -= after_s
     # Open for as long as the run: no context manager can hold it here.
-    self._file: TextIO = open(path, "w", encoding="utf-8")  # noqa: SIM115
+    self._file: TextIO = open(  # noqa: SIM115
+        path, "w" if after_s is None else "a", encoding="utf-8"
+    )
 
   def _record(self, line: str) -> None:
     self._file.write(line + "\n")

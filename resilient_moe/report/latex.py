@@ -28,7 +28,7 @@ def escape(text: str) -> str:
   return "".join(_ESCAPES.get(character, character) for character in text)
 
 
-def _heading(name: str) -> str:
+def heading(name: str) -> str:
   """A column name on several lines, broken at underscores: they are long."""
   words = name.split("_")
   lines = [f"{word}_" for word in words[:-1]] + [words[-1]]
@@ -57,7 +57,7 @@ def latex(
   """The rows as a `tabular`; needs the package booktabs and no other."""
   names = ["policy", "runtime", "deployment", "seeds", *columns, "verdict"]
   lines = [r"\begin{tabular}{lll" + "r" * (len(columns) + 1) + "l}"]
-  lines += [r"\toprule", " & ".join(map(_heading, names)) + r" \\"]
+  lines += [r"\toprule", " & ".join(map(heading, names)) + r" \\"]
   scenario = None
   for row in rows:
     if row.scenario != scenario:

@@ -19,7 +19,7 @@ Number = float | int | None
 # Actions whose bytes are expert weights.
 _WEIGHT_ACTIONS = ("CopyExperts", "RestartInstance")
 # Runtimes whose detector reports at once, so that there is nothing to measure.
-_NO_DETECTION = ("emulated", "logical")
+NO_DETECTION = ("emulated", "logical")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _phase_metrics(found: Samples, runtime: str) -> dict[str, Number]:
         [b - a for a, b in pairs if a is not None and b is not None]
     )
 
-  measured = runtime not in _NO_DETECTION
+  measured = runtime not in NO_DETECTION
   return {
       "detect_s": between("fault_s", "failure_s") if measured else None,
       "plan_s": between("failure_s", "plan_s"),
@@ -127,15 +127,14 @@ def _answer_metrics(
   finished). Exact: the fraction of the twin's finished answers that are
   finished here with the same tokens.
   """
-  ours = exactness.finished_sequences(events)
   if twin is None:
+    ours = exactness.finished_sequences(events)
     answers = ledger_lib.ledger_of(events).answers()
     return {"requests_lost": len(answers) - len(ours), "tokens_exact": None}
-  theirs = exactness.finished_sequences(twin)
-  equal = sum(ours.get(root) == each for root, each in theirs.items())
+  finished, lost, equal = exactness.compared(events, twin)
   return {
-      "requests_lost": len(theirs.keys() - ours.keys()),
-      "tokens_exact": equal / len(theirs) if theirs else None,
+      "requests_lost": lost,
+      "tokens_exact": equal / finished if finished else None,
   }
 
 

@@ -32,11 +32,15 @@ def _first(events: list[Event], kind: str, from_s: float) -> Event | None:
 
 
 def _failure_of(events: list[Event], fault: Event) -> Event | None:
-  """The first report of any of the ranks that broke (any report if none)."""
+  """The first report of any of the ranks that broke.
+
+  What broke without a rank (the store) was reported without one, if at all: a
+  rank's failure must not be taken for it.
+  """
   broken = set(fault["ranks"])
   for failure in of_kind(events, "failure"):
-    same = not broken or broken & set(failure["ranks"])
-    if same and failure["t"] >= fault["t"]:
+    named = set(failure["ranks"])
+    if (broken & named or not broken | named) and failure["t"] >= fault["t"]:
       return failure
   return None
 

@@ -63,11 +63,16 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def find(runs: list[Run], like: Run, policy: str) -> Run | None:
-  """The run of `policy` in the scenario and with the seed of `like`."""
-  key = (like.scenario, policy, like.seed)
-  return next(
-      (r for r in runs if (r.scenario, r.policy, r.seed) == key), None
-  )
+  """The run of `policy` in the scenario and with the seed of `like`.
+
+  The twin may be one that all scenarios of a seed share.
+  """
+  scenarios = (like.scenario, TWIN) if policy == TWIN else (like.scenario,)
+  for scenario in scenarios:
+    for run in runs:
+      if (run.scenario, run.policy, run.seed) == (scenario, policy, like.seed):
+        return run
+  return None
 
 
 def write_text(path: Path, text: str) -> None:

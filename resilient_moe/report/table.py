@@ -100,7 +100,7 @@ def to_csv(rows: Iterable[Row]) -> str:
   return text.getvalue()
 
 
-def _grid(
+def grid(
     header: list[str], body: list[list[str]], left: tuple[int, ...] = (0,)
 ) -> str:
   """An aligned Markdown table; columns flush right but for those `left`."""
@@ -138,7 +138,7 @@ def _breakdown(rows: list[Row]) -> str:
   if not body:
     return ""
   header = ["policy", "affected_stall_s", "stall by action (s)"]
-  return "\nWhere the stall went:\n\n" + _grid(
+  return "\nWhere the stall went:\n\n" + grid(
       [*header, "the restart's stages (s)"], body, left=(0, 2, 3)
   )
 
@@ -176,7 +176,7 @@ def to_markdown(rows: Iterable[Row]) -> str:
         for row in mine
     ]
     parts.append(
-        f"### {scenario} ({'; '.join(kinds)})\n\n{_grid(header, body)}"
+        f"### {scenario} ({'; '.join(kinds)})\n\n{grid(header, body)}"
         f"{_breakdown(mine)}\n{_notes(mine)}\n"
     )
   return "\n".join(parts)

@@ -54,6 +54,7 @@ class Fresh:
   began_s: float = 0.0  # when the restart began
   paused: tuple[str, ...] = ()
   cache: bool = False
+  whole: bool = False  # all ranks anew, because the engine was killed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +112,10 @@ def assemble(
   recorder: Recorder,
 ) -> EmulatedBackend:
   """An engine ready to serve; each stage is recorded with its seconds."""
-  stage = _Stages(recorder, fresh.generation)
+  stage = Stages(recorder, fresh.generation)
   weights = WeightTiers(pathlib.Path(case.checkpoint))
   stage.done("weights")
-  # A cold restart finds no store; executables belong to one run.
-  cold = fresh.generation and not fresh.cache
-  folder = scratch / (f"cold{fresh.generation}" if cold else "executables")
+  folder = store_folder(case, plans, fresh, scratch)
   logical = case.runtime == "logical"
   kind = LogicalExecutables if logical else Executables
   executables = kind(plans.shape, None if logical else folder)
@@ -145,7 +144,23 @@ def assemble(
   return backend
 
 
-class _Stages:
+def store_folder(
+  case: Case, plans: Plans, fresh: Fresh, scratch: pathlib.Path
+) -> pathlib.Path:
+  """Where an engine's executables are; they belong to one run.
+
+  A cold restart finds none, and one with other shapes none that fit.
+  """
+  if not fresh.generation:
+    return scratch / "executables"
+  if not fresh.cache:
+    return scratch / f"cold{fresh.generation}"
+  same = plan_instance(case, Fresh()).shape == plans.shape
+  slots = "" if same else f"_{plans.shape.slots}_slots"
+  return scratch / f"executables{slots}"
+
+
+class Stages:
   """Records how long each stage of a start took."""
 
   def __init__(self, recorder: Recorder, generation: int) -> None:

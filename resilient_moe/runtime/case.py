@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from resilient_moe.faults import Fault
+from resilient_moe.faults import PROCESS_KINDS, Fault
 from resilient_moe.recovery import RecoveryPolicy, first_feasible, load
 from resilient_moe.serving.request import Request
 
-RUNTIMES = ("emulated", "logical")
+RUNTIMES = ("emulated", "logical", "process")
 DEPLOYMENTS = ("collocated",)
 
 
@@ -32,6 +32,8 @@ class Case:
   requests: tuple[Request, ...]
   faults: tuple[Fault, ...]
   wait_ready: bool = True  # hold traffic until the ready meshes are ready
+  detector: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  # fields of `process.rules.Limits`
 
   def __post_init__(self) -> None:
     for name, choices in (("runtime", RUNTIMES), ("deployment", DEPLOYMENTS)):
@@ -39,6 +41,12 @@ class Case:
       if value not in choices:
         raise ValueError(
           f"{name}={value!r}: choose one of {', '.join(choices)}"
+        )
+    for fault in self.faults:
+      if fault.kind in PROCESS_KINDS and self.runtime != "process":
+        raise ValueError(
+          f"fault {fault.kind!r} needs processes; it can't happen on "
+          f"runtime={self.runtime!r}, only on runtime='process'"
         )
     if self.ranks < 1:
       raise ValueError(f"ranks={self.ranks}: at least 1")

@@ -1,4 +1,7 @@
-"""What the ranks hold, one set of arrays per device.
+"""What the ranks of this process hold, one set of arrays per device.
+
+All ranks of the emulated runtime, one of a worker's in the process runtime:
+programs span every rank of a mesh, arrays are those of the ranks held here.
 
 The per-rank arrays are the truth; global arrays for a step are views made of
 them (`make_array_from_single_device_arrays` copies nothing). So a loss is the
@@ -161,10 +164,19 @@ class DeviceStore:
   def _bind(self, mesh: tuple[int, ...]) -> tuple[Tree, tuple]:
     """Global parameter views over `mesh`, and the arguments' shardings."""
     if self._bound is None or self._bound[0] != mesh:
-      for rank in mesh:
+      for rank in self._mine(mesh):
         self._check(rank)
       self._bound = (mesh, *self._make_views(mesh))
     return self._bound[1], self._bound[2]
+
+  def unbind(self) -> None:
+    """Devices of ranks have changed: views of meshes are made anew."""
+    self._bound = None
+
+  def _mine(self, mesh: tuple[int, ...]) -> tuple[int, ...]:
+    """The members whose device is one of this process, in mesh order."""
+    here = jax.process_index()
+    return tuple(r for r in mesh if self.devices[r].process_index == here)
 
   def _make_views(self, mesh: tuple[int, ...]) -> tuple[Tree, tuple]:
     devices = make_mesh([self.devices[r] for r in mesh])
@@ -175,17 +187,23 @@ class DeviceStore:
     by_rank = shardings[1]
     dense = jax.tree.map(
       lambda *x: _assemble(x[0].shape, everywhere, x),
-      *[self._dense[r] for r in mesh],
+      *[self._dense[r] for r in self._mine(mesh)],
     )
     experts = jax.tree.map(
       lambda *x: _assemble(_widened(x[0].shape, len(mesh)), by_rank, x),
-      *[self._experts[r] for r in mesh],
+      *[self._experts[r] for r in self._mine(mesh)],
     )
     return with_experts(dense, experts), shardings
 
   def put_routing(self, mesh: tuple[int, ...], routing: Tree) -> Tree:
     """The routing table on every device of the mesh."""
-    return jax.device_put(routing, self._bind(mesh)[1][2])
+    shardings = self._bind(mesh)[1][2]
+    devices = [self.devices[r] for r in self._mine(mesh)]
+    # `device_put` onto other processes' devices would compare the values.
+    copies = lambda x, on: _assemble(
+      x.shape, on, [jax.device_put(x, d) for d in devices]
+    )
+    return jax.tree.map(copies, routing, shardings)
 
   def program(
     self, mesh: tuple[int, ...], width: int
@@ -196,23 +214,43 @@ class DeviceStore:
   def run(
     self, mesh: tuple[int, ...], width: int, routing: Tree, ints: np.ndarray
   ) -> tuple[jax.Array, np.ndarray, jax.Array]:
-    """One step, waited for: delta, tokens [R, B + 1], the packed batch."""
+    """One step, waited for: delta, tokens, the packed batch.
+
+    `ints` and the tokens [., B + 1] are those of the ranks held here.
+    """
     params, shardings = self._bind(mesh)
     program, _ = self.program(mesh, width)
-    cache = [self._cache[r] for r in mesh]
+    mine = self._mine(mesh)
+    cache = [self._cache[r] for r in mine]
     shape = _widened(cache[0].shape, len(mesh))
-    packed = jax.device_put(ints, shardings[3])
+    packed = self._put_rows(mesh, mine, ints, shardings[3])
     delta, tokens = program(
       params, _assemble(shape, shardings[1], cache), routing, packed
     )
     jax.block_until_ready(delta)
-    return delta, np.asarray(tokens), packed
+    if len(mine) == len(mesh):
+      return delta, np.asarray(tokens), packed
+    parts = [tokens.addressable_data(i) for i in range(len(mine))]
+    return delta, np.concatenate([np.asarray(p) for p in parts]), packed
+
+  def _put_rows(
+    self, mesh: tuple[int, ...], mine: tuple[int, ...], ints: np.ndarray,
+    sharding: Any,
+  ) -> jax.Array:  # fmt: skip
+    """A batch's rows, each on its rank's device."""
+    if len(mine) == len(mesh):
+      return jax.device_put(ints, sharding)
+    rows = [
+      jax.device_put(ints[i : i + 1], self.devices[r])
+      for i, r in enumerate(mine)
+    ]
+    return _assemble((len(mesh), ints.shape[1]), sharding, rows)
 
   def commit(
     self, mesh: tuple[int, ...], width: int, delta: jax.Array, ints: jax.Array
   ) -> None:
     """Scatters a step's delta into the (donated) cache of each rank."""
-    for place, rank in enumerate(mesh):
+    for place, rank in enumerate(self._mine(mesh)):
       self._check(rank)
       commit = self._programs[rank][f"commit{width}"]
       self._cache[rank] = commit(
@@ -227,7 +265,8 @@ class DeviceStore:
     """Loads a mesh's program and runs it once, on idle rows; no commit."""
     _, source = self.program(mesh, width)
     options = self.shape.options
-    ints = np.zeros((len(mesh), batch_width(options, width)), np.int32)
+    mine = self._mine(mesh)
+    ints = np.zeros((len(mine), batch_width(options, width)), np.int32)
     ints[:, options.rows : 2 * options.rows] = -1
     kept, self._bound = self._bound, None
     self.run(mesh, width, self.put_routing(mesh, routing), ints)

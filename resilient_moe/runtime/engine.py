@@ -11,6 +11,7 @@ import pathlib
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from resilient_moe.faults import parse_schedule
@@ -21,6 +22,7 @@ from resilient_moe.runtime.channel import (
   Message,
   request_from_json,
 )
+from resilient_moe.runtime.parent import die_with_parent
 from resilient_moe.serving.loop import serve
 from resilient_moe.serving.recover import EngineRestart, Unrecoverable
 from resilient_moe.serving.request import Request
@@ -66,6 +68,7 @@ def case_from_json(fields: Message) -> Case:
 
 def main(fd: int) -> int:
   """Serves until the gateway closes the intake; the exit status."""
+  die_with_parent()
   channel = Channel(socket.socket(fileno=fd))
   message, early = channel.first()
   recorder = ChannelRecorder(channel.send_line, message["start_s"])
@@ -96,16 +99,14 @@ def _serve(
 
   fresh = assemble.Fresh(**_tuples(message["fresh"]))
   case = case_from_json(message["case"])
-  devices = _devices(case, fresh)
+  put_together = _runtime(case, assemble)
   recorder.write(
     "engine", stage="import", seconds=time.monotonic() - since,
     generation=generation,
   )  # fmt: skip
   plans = assemble.plan_instance(case, fresh)
   scratch = pathlib.Path(message["scratch"])
-  backend = assemble.assemble(
-    case, plans, fresh, devices, scratch, recorder
-  )
+  backend = put_together(case, plans, fresh, scratch, recorder)
   try:
     _prepare(case, plans, fresh, backend, recorder)
     _run(channel, intake, plans, fresh, backend, recorder)
@@ -113,7 +114,19 @@ def _serve(
     backend.close()
 
 
-def _devices(case: Case, fresh: Any) -> list:
+def _runtime(case: Case, assemble: Any) -> Callable[..., Any]:
+  """What puts a backend together."""
+  if case.runtime == "process":
+    from resilient_moe.runtime.process import supervise
+
+    return supervise.assemble
+  devices = _devices(case)
+  return lambda case, plans, fresh, scratch, recorder: assemble.assemble(
+    case, plans, fresh, devices, scratch, recorder
+  )
+
+
+def _devices(case: Case) -> list:
   """One device a rank; virtual ones on CPU."""
   import jax
 
@@ -138,16 +151,14 @@ def _prepare(
   case: Case, plans: Any, fresh: Any, backend: Any, recorder: ChannelRecorder
 ) -> None:
   """Holds traffic until the ready meshes are ready, if the case says so."""
-  from resilient_moe.runtime.assemble import redundancy_bytes
-
   start = time.monotonic()
-  if case.wait_ready:
+  if case.wait_ready and not fresh.generation:
     backend.wait_ready()
   if not fresh.generation:
     standing = plans.standing
     recorder.write(
       "prepare", seconds=time.monotonic() - start,
-      redundancy_bytes=redundancy_bytes(plans, backend),
+      redundancy_bytes=_redundancy_bytes(case)(plans, backend),
       ready_meshes=len(standing.ready), checkpoint=standing.checkpoint,
       spares=plans.policy.spares,
     )  # fmt: skip
@@ -159,6 +170,16 @@ def _prepare(
     outcome="stored" if fresh.cache else "compiled",
   )  # fmt: skip
   recorder.write("resumed", epoch=backend.view().epoch, paused=fresh.paused)
+
+
+def _redundancy_bytes(case: Case) -> Callable[[Any, Any], int]:
+  if case.runtime == "process":
+    from resilient_moe.runtime.process import supervise
+
+    return supervise.redundancy_bytes
+  from resilient_moe.runtime import assemble
+
+  return assemble.redundancy_bytes
 
 
 def _run(

@@ -1,176 +1,182 @@
-"""What executing each action means on the emulated runtime.
+"""What executing each action means: facts, and calls to a backend's hands.
 
-One function an action, found by its type; the tests run over `ACTIONS`.
+One function an action, found by its type; the tests run over `ACTIONS`. What
+is so afterwards is written here once for all runtimes; `Hands` are what a
+runtime does in its own way.
 """
 
-from __future__ import annotations
-
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import numpy as np
 
+from resilient_moe.faults import Injector
 from resilient_moe.mesh.executables import Source
+from resilient_moe.mesh.programs import InstanceShape
 from resilient_moe.model.step import batch_width
 from resilient_moe.recovery import absent, mesh_named
 from resilient_moe.recovery import actions as act
 from resilient_moe.recovery.view import Tier
-from resilient_moe.runtime.weights import tree_bytes
+from resilient_moe.runtime.facts import Facts
 from resilient_moe.serving.backend import Outcome, Placed
 
-if TYPE_CHECKING:
-  from resilient_moe.runtime.emulated import EmulatedBackend
-
 Places = tuple[Placed, ...]
+Mesh = tuple[int, ...]
 
 
-def _fence(b: EmulatedBackend, action: act.Fence, _: Places) -> Outcome:
+class Hands(Protocol):
+  """What the actions ask of a runtime."""
+
+  facts: Facts
+  injector: Injector
+  canary_token: int
+
+  @property
+  def shape(self) -> InstanceShape:
+    """What every program of the instance is compiled for."""
+
+  def drop(self, ranks: Iterable[int]) -> None:
+    """Ends whatever of these ranks is still there; nothing is read again."""
+
+  def load(self, mesh: Mesh, run: bool) -> Source:
+    """Gets a mesh's step programs; `run`: also runs each once, idle."""
+
+  def copy(
+    self, moves: tuple[act.Move, ...], tier: Tier, slots: np.ndarray
+  ) -> int:
+    """Weights into slots, waited for; bytes. `slots` [N, S]: who has what."""
+
+  def restore(self, placed: Places, tier: Tier) -> tuple[dict[str, int], int]:
+    """KV into the requests' new rows: request -> positions; bytes."""
+
+  def launch(self, rank: int) -> int:
+    """Starts a replacement with everything but experts; bytes."""
+
+  def joined(self, rank: int) -> None:
+    """A launched rank serves from here on."""
+
+  def rebase_after(self, placed: Places) -> None:
+    """Requests have new places: their KV checkpoints begin anew."""
+
+  def probe(self, ints: np.ndarray) -> np.ndarray:
+    """A wide step on the present mesh without a commit: tokens [R, B + 1]."""
+
+
+def _fence(b: Hands, action: act.Fence, _: Places) -> Outcome:
   gone = set(action.ranks)
-  drained = [r for r in gone if b.store.holds(r)]
-  for rank in drained:
-    b.store.lose(rank)
-    b.readiness.drop_rank(rank)
-    if b.checkpointer is not None:
-      b.checkpointer.forget_rank(rank)
+  b.drop(gone)
   b.injector.drained(gone)
   b.facts.lost(gone)
   b.facts.next_epoch()
   return Outcome(f"{len(gone)} fenced")
 
 
-def _rebuild(b: EmulatedBackend, action: act.RebuildMesh, _: Places) -> Outcome:
+def _rebuild(b: Hands, action: act.RebuildMesh, _: Places) -> Outcome:
   b.facts.meshed(action.ranks)
   return Outcome(f"{len(action.ranks)} ranks")
 
 
-def _fetch(
-  b: EmulatedBackend, action: act.FetchExecutable, _: Places
-) -> Outcome:
+def _fetch(b: Hands, action: act.FetchExecutable, _: Places) -> Outcome:
   view = b.facts.view
-  mesh = tuple(int(r) for r in mesh_named(view.launched, action.absent))
   current = action.absent == absent(view.launched, view.mesh)
-  sources = set()
-  for width in b.store.shape.chunks():
-    sources.add(b.store.program(mesh, width)[1])
-    if not current:  # made ready for a later loss
-      b.run_once(mesh, width)
+  mesh = _mesh_of(b, action.absent)
+  # A mesh for a later loss is made ready, unless that was done on the way.
+  run = not current and action.absent not in view.ready
+  source = b.load(mesh, run)
   b.facts.ready(action.absent, current)
-  worst = max(sources, key=list(Source).index)
-  return Outcome(str(worst))
+  return Outcome(str(source))
 
 
-def _copy(b: EmulatedBackend, action: act.CopyExperts, _: Places) -> Outcome:
+def _mesh_of(b: Hands, name: frozenset[int]) -> Mesh:
+  return tuple(int(r) for r in mesh_named(b.facts.view.launched, name))
+
+
+def _copy(b: Hands, action: act.CopyExperts, _: Places) -> Outcome:
   """Reads from the tier, writes into slots, and waits for the bytes."""
   slots = b.facts.view.slots
-
-  def peer(rank: int, expert: int) -> dict[str, Any]:
-    slot = int(np.flatnonzero(slots[rank] == expert)[0])
-    return b.store.read_slot(rank, slot)
-
-  start = time.monotonic()
-  weights = b.weights.read(action.moves, action.tier, peer)
-  nbytes = 0
   for move in action.moves:
-    b.store.write_slot(move.rank, move.slot, weights[move.expert])
+    # A copy that is abandoned half-way leaves a slot that nobody trusts.
+    b.facts.filled(move.rank, move.slot, -1)
+  start = time.monotonic()
+  nbytes = b.copy(action.moves, action.tier, slots)
+  for move in action.moves:
     b.facts.filled(move.rank, move.slot, move.expert)
-    nbytes += tree_bytes(weights[move.expert])
-  b.store.wait()
   rate = nbytes / max(time.monotonic() - start, 1e-9)
   return Outcome(f"{rate / 1e9:.2f} GB/s", nbytes, str(action.tier))
 
 
-def _remap(b: EmulatedBackend, action: act.RemapExperts, _: Places) -> Outcome:
+def _remap(b: Hands, action: act.RemapExperts, _: Places) -> Outcome:
   b.facts.routed(action.table)
   return Outcome("routed")
 
 
-def _mask(b: EmulatedBackend, action: act.MaskExperts, _: Places) -> Outcome:
+def _mask(b: Hands, action: act.MaskExperts, _: Places) -> Outcome:
   b.facts.hidden(action.experts)
   return Outcome(f"{len(action.experts)} experts hidden")
 
 
-def _restore(
-  b: EmulatedBackend, action: act.RestoreKV, placed: Places
-) -> Outcome:
+def _restore(b: Hands, action: act.RestoreKV, placed: Places) -> Outcome:
   """Live KV from a rank that still stands, else the committed checkpoint."""
-  restored, nbytes = {}, 0
-  alive = b.facts.view.alive()
-  for p in placed:
-    kv = None
-    if action.tier == Tier.PEER and p.from_rank >= 0 and alive[p.from_rank]:
-      kv = b.store.read_row(p.from_rank, p.from_row, p.live_tokens)
-    elif b.checkpointer is not None:
-      kv = b.checkpointer.restore(p.request_id)
-    if kv is None:
-      continue
-    b.store.write_row(p.rank, p.row, kv)
-    restored[p.request_id] = kv.shape[2]
-    nbytes += kv.nbytes
-  b.store.wait()
+  restored, nbytes = b.restore(placed, action.tier)
   b.rebase_after(placed)
   detail = f"{len(restored)} of {len(placed)} requests"
   return Outcome(detail, nbytes, str(action.tier), restored)
 
 
-def _recompute(
-  b: EmulatedBackend, _: act.RecomputePrefix, placed: Places
-) -> Outcome:
+def _recompute(b: Hands, _: act.RecomputePrefix, placed: Places) -> Outcome:
   return Outcome(f"{len(placed)} requests")
 
 
-def _switch(b: EmulatedBackend, action: act.SwitchRole, _: Places) -> Outcome:
+def _switch(b: Hands, action: act.SwitchRole, _: Places) -> Outcome:
   b.facts.role(action.rank, action.role)
   return Outcome(action.role.name.lower())
 
 
-def _launch(b: EmulatedBackend, action: act.LaunchRank, _: Places) -> Outcome:
-  """A replacement device with everything but experts."""
-  slots = [None] * b.facts.view.slots_per_rank
-  b.store.add(action.rank, b.weights.dense, slots)
+def _launch(b: Hands, action: act.LaunchRank, _: Places) -> Outcome:
+  """A replacement with everything but experts."""
+  nbytes = b.launch(action.rank)
   b.facts.launching(action.rank)
-  return Outcome("launched", tree_bytes(b.weights.dense), str(Tier.HOST))
+  return Outcome("launched", nbytes, str(Tier.HOST))
 
 
-def _rejoin(b: EmulatedBackend, action: act.Rejoin, _: Places) -> Outcome:
-  """The launched rank takes its place; its programs are fetched first."""
+def _rejoin(b: Hands, action: act.Rejoin, _: Places) -> Outcome:
+  """The launched rank takes its place; its programs have run before."""
   view = b.facts.view
   name = absent(view.launched, [*view.mesh.tolist(), action.rank])
-  mesh = tuple(int(r) for r in mesh_named(view.launched, name))
-  for width in b.store.shape.chunks():
-    b.store.make_ready(mesh, width, b.routing_of(np.array(mesh)))
+  mesh = _mesh_of(b, name)
+  if name not in view.ready:
+    b.load(mesh, run=True)
   b.facts.meshed(mesh)
   b.facts.ready(name, True)
   b.injector.returned([action.rank])
-  if b.checkpointer is not None:
-    b.checkpointer.remember_rank(action.rank)
+  b.joined(action.rank)
   return Outcome(f"{len(mesh)} ranks")
 
 
 CANARY = (0, 84, 104, 101)  # tokens of the canary prompt, cut to the vocabulary
 
 
-def canary(b: EmulatedBackend) -> int:
+def canary(b: Hands) -> int:
   """What the present mesh says after the canary prompt; nothing is kept.
 
   A step reads and returns a delta, so a step without a commit is a probe.
   """
-  shape = b.store.shape
+  shape = b.shape
   rows, width = shape.options.rows, shape.options.chunk
-  mesh = b.facts.mesh
   prompt = [t % shape.config.vocab_size for t in CANARY][:width]
-  ints = np.zeros((len(mesh), batch_width(shape.options, width)), np.int32)
+  n = len(b.facts.mesh)
+  ints = np.zeros((n, batch_width(shape.options, width)), np.int32)
   ints[:, rows : 2 * rows] = -1
   ints[:, 4 * rows + 1] = len(prompt)
   ints[:, 4 * rows + 5 : 4 * rows + 5 + len(prompt)] = prompt
-  _, tokens, _ = b.store.run(mesh, width, b.routing(), ints)
-  said = set(tokens[:, -1].tolist())
+  said = set(b.probe(ints)[:, -1].tolist())
   if len(said) != 1:
     raise RuntimeError(f"the canary got different tokens on ranks: {said}")
   return said.pop()
 
 
-def _verify(b: EmulatedBackend, action: act.Verify, _: Places) -> Outcome:
+def _verify(b: Hands, action: act.Verify, _: Places) -> Outcome:
   said = canary(b)
   if said != b.canary_token:
     raise RuntimeError(
@@ -179,7 +185,7 @@ def _verify(b: EmulatedBackend, action: act.Verify, _: Places) -> Outcome:
   return Outcome("canary equal")
 
 
-def _unplaced(b: EmulatedBackend, action: act.Action, _: Places) -> Outcome:
+def _unplaced(b: Hands, action: act.Action, _: Places) -> Outcome:
   raise ValueError(
     f"{type(action).__name__} is carried out by the serve loop or the gateway"
   )

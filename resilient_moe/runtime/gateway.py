@@ -1,8 +1,10 @@
 """The gateway: requests enter and tokens leave through it (no JAX).
 
 It outlives the engine. An engine is a process behind a socket; when a plan
-restarts the instance, the gateway starts a fresh one and hands it every
-unanswered request with the tokens that have left so far.
+restarts the instance, or a supervisor is killed, the gateway starts a fresh
+one and hands it every unanswered request with the tokens that have left so
+far. When the gateway itself is killed, the next one goes on from the history
+(`journal.py`).
 """
 
 import collections
@@ -23,35 +25,50 @@ from typing import Any
 from resilient_moe.report import HistoryWriter
 from resilient_moe.runtime.case import Case, RunFailed, make_policy
 from resilient_moe.runtime.channel import Channel, Message, request_to_json
+from resilient_moe.runtime.journal import (
+  INJECTOR,
+  Answer,
+  Journal,
+  Progress,
+  read_journal,
+)
 from resilient_moe.serving.request import Request
 from resilient_moe.serving.scheduler import refusal
 
-Progress = Callable[[dict[str, Any]], None]
+Watch = Callable[[dict[str, Any]], None]
+PARTIAL, SCRATCH = "history.jsonl.partial", "scratch"
+MAX_DEATHS = 32  # of supervisors, in one run
 POLL_S = 0.05
 ENGINE_LOG = "engine.log"
 DEFAULT_MAX_LEN = 512  # that of `model.StepOptions`, which needs JAX
 
 
 def run_case(
-  case: Case, folder: pathlib.Path, progress: Progress | None = None
+  case: Case, folder: pathlib.Path, progress: Watch | None = None
 ) -> None:
   """Serves a case; leaves `history.jsonl` and `outputs.jsonl` in `folder`.
 
   Both appear whole at the end; while the run goes on they are `.partial`.
+  Where a run of processes was killed together with its gateway, it goes on.
 
   Raises:
     RunFailed: the engine failed, or no policy in line could recover.
   """
   make_policy(case)  # an unknown one leaves nothing behind
   folder.mkdir(parents=True, exist_ok=True)
-  partial = folder / "history.jsonl.partial"
-  scratch = folder / "scratch"
-  shutil.rmtree(scratch, ignore_errors=True)
-  scratch.mkdir()
-  with HistoryWriter(partial) as history:
-    gateway = Gateway(case, scratch, history, progress)
+  partial, scratch = folder / PARTIAL, folder / SCRATCH
+  journal = read_journal(partial, case.requests) if killed(folder) else None
+  if journal is None:
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+  after_s = journal.last_s + journal.down_s if journal else None
+  with HistoryWriter(partial, after_s=after_s) as history:
+    gateway = Gateway(case, scratch, history, progress, journal)
     try:
       gateway.run()
+    except BaseException:
+      shutil.rmtree(scratch)  # it ended in order: the next one starts anew
+      raise
     finally:
       gateway.close()
   outputs = folder / "outputs.jsonl.partial"
@@ -62,13 +79,9 @@ def run_case(
   shutil.rmtree(scratch)
 
 
-@dataclasses.dataclass
-class Answer:
-  """A request as its client sees it."""
-
-  request: Request
-  tokens: list[int] = dataclasses.field(default_factory=list)
-  reason: str = ""  # why it ended; "": in flight
+def killed(folder: pathlib.Path) -> bool:
+  """Whether a folder holds a run whose gateway was killed."""
+  return (folder / SCRATCH).is_dir() and (folder / PARTIAL).is_file()
 
 
 class Gateway:
@@ -79,14 +92,19 @@ class Gateway:
     case: Case,
     scratch: pathlib.Path,
     history: HistoryWriter,
-    progress: Progress | None,
+    progress: Watch | None,
+    journal: Journal | None = None,
   ) -> None:
+    """`journal`: what a gateway that was killed has left of this run."""
     self._case = case
     self._scratch = scratch
     self._history = history
     self._progress = progress or (lambda event: None)
     self._start_s = history.start_s
-    self._answers: dict[str, Answer] = {}
+    self._journal = journal
+    self._answers: dict[str, Answer] = journal.answers if journal else {}
+    self._so_far = journal.progress if journal else Progress()
+    self._deaths = 0  # of supervisors
     self._timed: collections.deque[Request] = collections.deque()
     self._engine: subprocess.Popen | None = None
     self._channel: Channel
@@ -97,8 +115,13 @@ class Gateway:
 
   def run(self) -> None:
     """Accepts the requests, starts an engine, serves to the end."""
-    self._begin()
-    self._spawn({"generation": 0})
+    if self._journal is None:
+      self._begin()
+      self._spawn({"generation": 0})
+    else:
+      self._timed.extend(self._not_yet_accepted())
+      self._write("warning", self._now(), text="resumed from the journal")
+      self._spawn(self._next_instance())
     while not self._done:
       for message in self._channel.receive(POLL_S):
         if "control" in message:
@@ -140,13 +163,15 @@ class Gateway:
       fails_requests=policy.fails_requests, exact=True,
       expected_faults=len(self._case.faults),
     )  # fmt: skip
-    timed = []
     for request in self._case.requests:
-      if request.arrival_s is not None:
-        timed.append(request)
-      else:
+      if request.arrival_s is None:
         self._accept(request)
-    self._timed.extend(sorted(timed, key=lambda r: r.arrival_s or 0.0))
+    self._timed.extend(self._not_yet_accepted())
+
+  def _not_yet_accepted(self) -> list[Request]:
+    """Requests of the case whose moment is still to come."""
+    rest = [r for r in self._case.requests if r.request_id not in self._answers]
+    return sorted(rest, key=lambda r: r.arrival_s or 0.0)
 
   def _accept(self, request: Request) -> bool:
     """Takes a request on, or sheds it with the reason."""
@@ -239,6 +264,10 @@ class Gateway:
   def _check_engine(self) -> None:
     assert self._engine is not None
     status = self._engine.wait()
+    by_signal = status < 0 and self._case.runtime == "process"
+    if by_signal and self._deaths < MAX_DEATHS:
+      self._replace_supervisor()
+      return
     log = self._scratch.parent / ENGINE_LOG
     lines = log.read_text().strip().splitlines() or ["it said nothing"]
     raise RunFailed(
@@ -246,9 +275,38 @@ class Gateway:
       f"{status}: {lines[-1]} (see {ENGINE_LOG})"
     )
 
+  def _replace_supervisor(self) -> None:
+    """The supervisor was killed: everything starts again, nothing is lost."""
+    self._deaths += 1
+    self.close()  # what is left of its session
+    self._write(
+      "failure", self._now(), kind="SupervisorLost", ranks=[],
+      epoch=self._so_far.epoch,
+    )  # fmt: skip
+    self._recomputed()
+    self._spawn(self._next_instance())
+
+  def _next_instance(self) -> Message:
+    """All ranks again, where the one before them was killed."""
+    injector = self._scratch / INJECTOR
+    in_flight = sorted(n for n, a in self._answers.items() if not a.reason)
+    return {
+      "generation": self._so_far.generation + 1,
+      "ranks": list(range(self._case.ranks)),
+      "dead": [],
+      "epoch": self._so_far.epoch,
+      "first_step": self._so_far.first_step,
+      "injector": injector.read_text() if injector.is_file() else "",
+      "began_s": self._now(),
+      "paused": in_flight,
+      "cache": True,
+      "whole": True,
+    }
+
   def _event(self, message: Message) -> None:
     """Tokens leave here: an engine's event enters the history."""
     event = message.pop("event")
+    self._so_far.note({"event": event, **message})
     self._write(event, message.pop("t"), **message)
     if event == "step":
       for name, _, token in message["emitted"]:
@@ -295,8 +353,8 @@ def _vocab_size(checkpoint: pathlib.Path) -> int:
 
 
 def _environment(case: Case) -> dict[str, str]:
-  """The emulated runtime's devices are the CPU's."""
-  return {"JAX_PLATFORMS": "cpu"} if case.runtime == "emulated" else {}
+  """Only the logical runtime may have an accelerator."""
+  return {} if case.runtime == "logical" else {"JAX_PLATFORMS": "cpu"}
 
 
 def case_to_json(case: Case) -> Message:
@@ -311,5 +369,5 @@ def case_to_json(case: Case) -> Message:
   options, kwargs = dict(case.options), dict(case.policy_kwargs)
   return {
     **fields, "faults": faults, "n_ranks": n_ranks, "options": options,
-    "policy_kwargs": kwargs,
+    "policy_kwargs": kwargs, "detector": dict(case.detector),
   }  # fmt: skip

@@ -16,6 +16,7 @@ from resilient_moe.mesh import ahead
 from resilient_moe.mesh.executables import Executables, write_shape
 from resilient_moe.recovery import mesh_named
 
+COMPILED_POLL_S = 0.005  # between two looks at the store
 Name = frozenset[int]
 Record = Callable[..., None]  # report.Recorder.write
 RunOnce = Callable[[tuple[int, ...], int], None]  # (mesh, chunk width)
@@ -51,6 +52,17 @@ class Readiness:
       self._sizes.add(len(mesh))
     self._start_compiler()
 
+  def wants(self, name: Name) -> bool:
+    """Whether a mesh is on its way to be ready."""
+    return any(n == name for n, _ in self._todo)
+
+  def wait_compiled(self, size: int) -> None:
+    """Blocks until the programs of a mesh size are in the store."""
+    self._sizes.add(size)
+    while not self._compiled(size):
+      self.check_compiler("now")
+      time.sleep(COMPILED_POLL_S)
+
   def drop_rank(self, rank: int) -> None:
     """Meshes with a lost rank will never be needed."""
     kept = [(n, m) for n, m in self._todo if rank not in m]
@@ -65,13 +77,20 @@ class Readiness:
     """Whether `step` has something to run at once."""
     return bool(self._todo) and self._compiled(len(self._todo[0][1]))
 
-  def _start_compiler(self) -> None:
+  def compile(self, sizes: Iterable[int]) -> None:
+    """Compiles at once, for a start that waits: these sizes, largest first."""
+    self._sizes.update(sizes)
+    self._start_compiler("now", self._executables.has_rank_programs())
+
+  def _start_compiler(self, when: str = "idle", complete: bool = True) -> None:
     if self._compiler is not None and self._compiler.poll() is None:
       return
     sizes = [s for s in sorted(self._sizes) if not self._compiled(s)]
-    if sizes:
+    if sizes or not complete:
       write_shape(self._executables.shape, self._folder / ahead.SHAPE_FILE)
-      self._compiler = ahead.start(self._folder, self._n_devices, sizes)
+      self._compiler = ahead.start(
+        self._folder, self._n_devices, sizes[::-1], when
+      )
 
   def _compiled(self, size: int) -> bool:
     chunks = self._executables.shape.chunks()
@@ -87,7 +106,7 @@ class Readiness:
     name, mesh = self._todo[0]
     if not self._left:
       if not self._compiled(len(mesh)):
-        self._check_compiler()
+        self.check_compiler()
         return None
       self._left = list(self._executables.shape.chunks())
     start, width = time.monotonic(), self._left.pop()
@@ -100,14 +119,14 @@ class Readiness:
     self._seconds = 0.0
     return name
 
-  def _check_compiler(self) -> None:
+  def check_compiler(self, when: str = "idle") -> None:
     """A compiler that died leaves nothing to wait for: say so."""
     if self._compiler is None:
-      self._start_compiler()
+      self._start_compiler(when)
     elif code := self._compiler.poll():
       raise RuntimeError(f"compiling ahead of time failed with status {code}")
     elif code == 0:
-      self._start_compiler()
+      self._start_compiler(when)
 
   def close(self) -> None:
     """Ends the compiler process."""

@@ -57,10 +57,20 @@ class Backend(Protocol):
   def execute(self, action: Action, placed: tuple[Placed, ...]) -> Outcome:
     """Does an action on real arrays."""
 
-  def poll(self, recovery_actions: int | None = None) -> tuple[Failure, ...]:
+  def ready_for(self, action: Action) -> bool:
+    """Whether an action of a repair can be executed without a long wait.
+
+    False: what it needs (a process that starts, a program that is compiled,
+    a mesh that is made ready) is on its way behind traffic; ask again.
+    """
+
+  def poll(
+    self, recovery_actions: int | None = None, repairing: bool = False
+  ) -> tuple[Failure, ...]:
     """Failures detected since the last poll; a moment for background work.
 
     `recovery_actions`: how many actions of the present recovery are done.
+    `repairing`: a repair goes on behind traffic.
     """
 
   def background_done(self) -> bool:

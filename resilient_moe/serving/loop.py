@@ -90,7 +90,7 @@ def _receive(loop: Loop, intake: Intake) -> None:
 def _recover(loop: Loop) -> None:
   """Failures first; else one bite of the repair."""
   recovery = loop.recovery
-  failures = recovery.backend.poll()
+  failures = recovery.backend.poll(repairing=recovery.repairing)
   if failures:
     loop.state = recovery.handle(loop.state, failures)
   elif recovery.repairing:
@@ -142,6 +142,8 @@ def _step(loop: Loop, batch: StepBatch) -> float | None:
 def _idle(loop: Loop, intake: Intake) -> bool:
   """Nothing to compute: False where nothing is left at all."""
   if loop.recovery.repairing:
+    if loop.recovery.waiting:
+      time.sleep(IDLE_S)
     return True
   coming = intake.next_step()
   if coming is not None:

@@ -66,6 +66,7 @@ class Recovery:
     default_factory=collections.deque
   )
   repairing: bool = False
+  waiting: bool = False  # for what the next action of the repair needs
 
   def view(self, state: SchedulerState) -> ClusterView:
     """The world as a policy sees it."""
@@ -93,8 +94,11 @@ class Recovery:
     return state
 
   def repair_step(self, state: SchedulerState) -> SchedulerState:
-    """One action of the repair, behind traffic."""
+    """One action of the repair, behind traffic, if it can be done at once."""
     if self.repair:
+      self.waiting = not self.backend.ready_for(self.repair[0])
+      if self.waiting:
+        return state
       state = self._carry_out("repair", self.repair.popleft(), state)
     if self.repairing and not self.repair:
       self.repairing = False

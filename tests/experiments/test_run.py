@@ -149,7 +149,7 @@ def test_interrupted_it_says_how_to_go_on(tmp_path, gateway, capsys):
     (("--config.policies=nonsense",), "unknown policy 'nonsense'; choices:"),
     (("--config.scenarios=nonsense",), "unknown scenario 'nonsense'; choose"),
     (("--config.options.dispatch=x",), "choose one of all_to_all, all_gather"),
-    (("--config.runtime=process",), "choose one of emulated, logical"),
+    (("--config.runtime=threads",), "choose one of emulated, logical"),
     (("--config.options.max_len=9",), "longer than the cache's 9 positions"),
     (("--config.policy_kwargs.x=1",), "POLICY.ARGUMENT=VALUE"),
     (("--nonsense=1",), "nonsense"),

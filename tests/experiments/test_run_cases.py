@@ -101,7 +101,7 @@ def test_a_digest_says_what_was_run_and_not_where_it_lies(tmp_path):
     ),
     ({"options": {"nonsense": 1}}, "config.options.nonsense: .*choices: rows"),
     ({"options": {"rows": "four"}}, r"config\.options: "),
-    ({"runtime": "process"}, "runtime='process': .*emulated, logical"),
+    ({"runtime": "threads"}, "runtime='threads': .*emulated, logical"),
     ({"deployment": "disaggregated"}, "deployment=.*collocated"),
     ({"checkpoint": "/none"}, "config.checkpoint='/none': .*ships: byte_moe"),
     (

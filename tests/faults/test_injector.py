@@ -73,6 +73,43 @@ def test_a_loss_overtakes_the_deadline():
   assert injector.poll(moment(5, t_s=20.0)) == []
 
 
+def test_a_rank_that_is_stuck_for_good_is_lost():
+  injector = Injector(
+    (
+      Fault("rank_stuck", (3,), at_step=1, resume_s=0.5),
+      Fault("rank_stuck", (3,), at_step=2),
+      Fault("rank_lost", (3,), at_step=3),
+    )
+  )
+  assert len(injector.poll(moment(1))) == 1
+  assert injector.lost == set()
+  assert len(injector.poll(moment(2))) == 1
+  assert injector.lost == {3}
+  assert injector.poll(moment(3)) == []
+
+
+def test_a_rank_that_somebody_else_killed_is_not_struck():
+  injector = Injector((WARNING, Fault("rank_lost", (2, 3), at_step=5)))
+  injector.poll(moment(3, t_s=10.0))
+  injector.add_lost([2, 7])
+  assert injector.lost == {2, 7}
+  (loss,) = injector.poll(moment(4, t_s=11.0))
+  assert loss.ranks == (5,), "its deadline takes only who is left"
+  assert [f.ranks for f in injector.poll(moment(5, t_s=11.5))] == [(3,)]
+  injector.returned([2])
+  assert injector.lost == {3, 5, 7}
+
+
+def test_the_store_and_the_supervisor_strike_once_and_take_no_rank():
+  kinds = ("store_lost", "supervisor_lost")
+  faults = tuple(Fault(kind, (), at_step=2) for kind in kinds)
+  injector = Injector(faults)
+  assert injector.poll(moment(2)) == list(faults)
+  assert injector.poll(moment(3)) == []
+  assert injector.lost == set()
+  assert injector.finished
+
+
 @pytest.mark.parametrize("restart_at", range(1, 7))
 def test_a_restart_changes_nothing(restart_at):
   """At whichever moment the state travels, the same faults strike."""
@@ -80,6 +117,10 @@ def test_a_restart_changes_nothing(restart_at):
     WARNING,
     Fault("rank_lost", (0,), at_step=2, phase="decode"),
     Fault("rank_lost", (7,), at_tokens=0, during_recovery=1, after_ready=True),
+    Fault("store_lost", (), at_step=2),
+    Fault("rank_stuck", (4,), at_step=4, resume_s=0.5),
+    Fault("rank_stuck", (6,), at_step=4),
+    Fault("supervisor_lost", (), at_step=5),
   )
   moments = [
     moment(2),
@@ -96,7 +137,7 @@ def test_a_restart_changes_nothing(restart_at):
       injector = Injector.from_json(injector.to_json(), ranks=8)
   assert injector.to_json() == straight.to_json()
   assert injector.finished
-  assert injector.lost == {0, 2, 5, 7}
+  assert injector.lost == {0, 2, 5, 6, 7}
 
 
 @pytest.mark.parametrize(

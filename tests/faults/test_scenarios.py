@@ -3,6 +3,9 @@
 import pytest
 
 from resilient_moe.faults import (
+  KINDS,
+  PROCESS_KINDS,
+  RANKLESS_KINDS,
   SCENARIOS,
   Injector,
   Moment,
@@ -24,7 +27,10 @@ def test_every_scenario_fits_its_ranks_and_leaves_one_alive(name, ranks):
   for seed in range(20):
     schedule = check_ranks(scenario(name, ranks, seed), ranks)
     struck = [rank for fault in schedule for rank in fault.ranks]
-    assert len(struck) == len(set(struck)) < ranks
+    if "replaced" in SCENARIOS[name].tags:
+      assert all(f.after_ready and len(f.ranks) == 1 for f in schedule)
+    else:
+      assert len(struck) == len(set(struck)) < ranks
     assert schedule == scenario(name, ranks, seed)
 
 
@@ -36,9 +42,11 @@ def test_every_scenario_is_described_and_tagged(name):
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"none"}))
 def test_time_and_rank_are_obeyed(name):
-  first = scenario(name, 8, at_step=11, rank=6)[0]
-  assert first.ranks[0] == 6
-  assert first.at_step == 11 or (name == "random" and 11 <= first.at_step < 51)
+  schedule = scenario(name, 8, at_step=11, rank=6)
+  struck = [rank for fault in schedule for rank in fault.ranks]
+  assert struck[:1] == [6] or {f.kind for f in schedule} <= set(RANKLESS_KINDS)
+  drawn = "random" in SCENARIOS[name].tags
+  assert schedule[0].at_step == 11 or drawn and 11 < schedule[0].at_step < 51
 
 
 def test_seeds_vary_the_rank_and_the_random_step():
@@ -90,6 +98,51 @@ def test_after_ready_reaches_the_first_fault():
   injector = Injector(scenario("rank_lost_decode", 8, after_ready=True))
   assert injector.poll(Moment(30, 0.0, 0, ready=False)) == []
   assert len(injector.poll(Moment(31, 0.0, 0, ready=True))) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tag_says_what_only_processes_can_do(name):
+  kinds = {fault.kind for fault in scenario(name, 8)}
+  needed = bool(kinds & set(PROCESS_KINDS))
+  assert ("process" in SCENARIOS[name].tags) == needed
+
+
+def test_every_kind_of_fault_has_a_scenario():
+  named = {fault.kind for name in NAMES for fault in scenario(name, 8)}
+  assert named == set(KINDS)
+
+
+def test_a_stuck_rank_returns_or_not():
+  assert scenario("rank_stuck", 8)[0].resume_s is None
+  assert scenario("rank_stuck_returns", 8)[0].resume_s == 0.8
+
+
+def test_the_store_goes_before_the_rank_that_relied_on_it():
+  store, rank = scenario("store_and_rank", 8, at_step=20, rank=3)
+  assert (store.kind, store.at_step) == ("store_lost", 20)
+  assert (rank.kind, rank.ranks, rank.at_step) == ("rank_lost", (3,), 24)
+
+
+def test_again_and_again_waits_for_the_replacements():
+  faults = scenario("killed_again_and_again", 4, seed=2, at_step=20)
+  assert len(faults) == 5
+  for i, fault in enumerate(faults):
+    assert 20 + 10 * i <= fault.at_step <= 30 + 10 * i
+  injector, struck = Injector(faults), []
+  for step in range(20, 80):
+    # Long past the time of several, still one at a time.
+    now = injector.poll(Moment(step, 0.0, 0, ready=step >= 60))
+    struck += [(step, fault.ranks) for fault in now]
+    injector.returned(rank for fault in now for rank in fault.ranks)
+  assert struck[:3] == [(60 + i, faults[i].ranks) for i in range(3)]
+  assert [ranks for _, ranks in struck] == [fault.ranks for fault in faults]
+
+
+def test_again_and_again_may_strike_a_replacement():
+  drawn = [scenario("killed_again_and_again", 4, seed) for seed in range(9)]
+  twice = [faults for faults in drawn if len({f.ranks for f in faults}) < 4]
+  assert twice, "some seed draws a rank again"
+  assert len({tuple(f.at_step for f in faults) for faults in drawn}) > 5
 
 
 def test_unknown_names_and_ranks_are_refused():

@@ -91,6 +91,30 @@ def test_a_dict_is_parsed():
   assert parse_schedule([], ranks=8) == ()
 
 
+def test_of_several_that_wait_one_strikes_at_a_time():
+  """What strikes ends the readiness that the others wait for."""
+  waiting = [Fault("rank_lost", (r,), at_step=20, after_ready=True)
+             for r in (1, 2)]  # fmt: skip
+  other = Fault("rank_lost", (3,), at_step=20)
+  schedule = (waiting[0], other, waiting[1])
+  assert due(schedule, (), AT) == (0, 1)
+  assert due(schedule, {0, 1}, AT) == (2,)
+
+
+@pytest.mark.parametrize("kind", ["store_lost", "supervisor_lost"])
+def test_the_store_and_the_supervisor_are_no_ranks(kind):
+  for ranks in ({}, {"ranks": []}, {"ranks": ()}):
+    (fault,) = parse_schedule([{"kind": kind, "at_step": 3, **ranks}], ranks=2)
+    assert fault.ranks == ()
+    assert due((fault,), (), AT) == (0,)
+
+
+def test_a_stuck_rank_may_go_on():
+  item = {"kind": "rank_stuck", "ranks": [1], "at_step": 3}
+  for_good, returns = parse_schedule([item, item | {"resume_s": 0.5}], ranks=2)
+  assert (for_good.resume_s, returns.resume_s) == (None, 0.5)
+
+
 LOST = {"kind": "rank_lost", "ranks": [3], "at_step": 20}
 
 
@@ -119,6 +143,12 @@ LOST = {"kind": "rank_lost", "ranks": [3], "at_step": 20}
     ({"kind": "rank_leaving"}, "deadline_s is None; needed is a number above"),
     ({"kind": "rank_leaving", "deadline_s": 0}, "deadline_s is 0; needed"),
     ({"kind": "straggler", "slowdown": 1.0}, "slowdown is 1.0; needed"),
+    ({"kind": "rank_stuck", "ranks": []}, r"ranks is \(\)"),
+    ({"kind": "rank_stuck", "resume_s": 0}, "resume_s is 0; needed is a numb"),
+    ({"kind": "rank_stuck", "resume_s": "1"}, "resume_s is '1'; needed"),
+    ({"resume_s": 1.0}, "resume_s=1.0 belongs to 'rank_stuck' only"),
+    ({"kind": "store_lost"}, r"ranks is \(3,\); it strikes no rank"),
+    ({"kind": "supervisor_lost"}, r"'supervisor_lost': ranks is \(3,\)"),
     ({"after_ready": "yes"}, "after_ready is 'yes'; choose from True, False"),
     (
       {"at_stpe": 1},

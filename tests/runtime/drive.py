@@ -1,8 +1,8 @@
 """The serve loop by hand, one step at a time, for tests that look between."""
 
 import dataclasses
+from typing import Any
 
-from resilient_moe.runtime.emulated import EmulatedBackend
 from resilient_moe.serving.request import Request
 from resilient_moe.serving.scheduler import admit, complete, schedule
 from resilient_moe.serving.state import (
@@ -16,7 +16,7 @@ from resilient_moe.serving.state import (
 class Driver:
   """A backend and the scheduler's state."""
 
-  backend: EmulatedBackend
+  backend: Any  # an `Instance` that is a whole backend
   state: SchedulerState = dataclasses.field(default_factory=SchedulerState)
   number: int = 0
   retired: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class Driver:
     """Steps, if there is something to do; whether there was."""
     for _ in range(count):
       self.state, _ = admit(self.state)
-      view, options = self.backend.view(), self.backend.store.shape.options
+      view, options = self.backend.view(), self.backend.shape.options
       batch = schedule(
         self.state, number=self.number, epoch=view.epoch, chunk=options.chunk,
         rows=view.rows_per_rank,

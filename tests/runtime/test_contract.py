@@ -25,6 +25,13 @@ GIVES_UP = {
   *(("none", s) for s in (*SINGLE, *SEVERAL)),
 }
 RESTARTS = ("restart", "restart_cached")
+# Those that need neither real processes nor replacements of what was lost.
+SERVED = [
+  name
+  for name, chosen in SCENARIOS.items()
+  if not chosen.tags & {"process", "replaced"}
+]
+HITTING = [n for n in SERVED if not SCENARIOS[n].tags & {"fault_free", "slow"}]
 
 
 def faults_of(name: str) -> Schedule:
@@ -44,7 +51,7 @@ def fetched(host: Host) -> list[str]:
   return [e["outcome"] for e in done if e["name"] == "FetchExecutable"]
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", SERVED)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_request_is_answered_as_without_faults(
   lab: Lab, policy: str, name: str, monkeypatch: pytest.MonkeyPatch
@@ -66,7 +73,7 @@ def test_every_request_is_answered_as_without_faults(
     assert host.compiled == 0
 
 
-@pytest.mark.parametrize("name", [n for n in SCENARIOS if n != "none"])
+@pytest.mark.parametrize("name", HITTING)
 def test_the_scenarios_strike_somebody(lab: Lab, name: str) -> None:
   """Else the verdicts above would be true of runs without any loss."""
   events = serve(lab, "restart_cached", name).events

@@ -154,7 +154,10 @@ class FakeBackend:
       holder = neighbour if self.mode == "peer" else -1
       self.saved[name] = (kv, holder)
 
-  def poll(self, recovery_actions: int | None = None) -> tuple[rm.Failure, ...]:
+  def poll(
+    self, recovery_actions: int | None = None, repairing: bool = False
+  ) -> tuple[rm.Failure, ...]:
+    del repairing
     if recovery_actions in self.lose_in_recovery:
       self._lose(self.lose_in_recovery.pop(recovery_actions))
     failures, self.pending = tuple(self.pending), []
@@ -171,6 +174,9 @@ class FakeBackend:
     self.saved = {n: s for n, s in self.saved.items() if s[1] not in self.dead}
     # As separate detectors would report it.
     self.pending.extend(rm.RanksLost((r,)) for r in ranks)
+
+  def ready_for(self, action: rm.Action) -> bool:
+    return True
 
   def background_done(self) -> bool:
     return True

@@ -1,0 +1,383 @@
+"""The supervisor's workers: started, called, watched, ended.
+
+`call` is the only way to ask them something: it sends to some, gathers their
+answers, and meanwhile notices who dies. A closed socket says so at once (a
+process's sockets close as it ends), and all the others are told to abort the
+collectives that the dead one is a member of. What only looks dead is judged by
+`watch.Watch`.
+"""
+
+import contextlib
+import dataclasses
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from multiprocessing import connection as mp
+from typing import Any
+
+from resilient_moe.runtime.process.watch import Watch
+from resilient_moe.runtime.process.wire import (
+  AUTHKEY,
+  Call,
+  Hello,
+  Member,
+  Reply,
+  Setup,
+  Up,
+  prompt,
+)
+from resilient_moe.serving.recover import Record
+
+START_S = 120.0  # for a worker to be up
+ABORTED_S = 45.0  # for a survivor to come back from an abort; gloo waits 30
+HANG_S = 120.0  # for any call, whatever the probes say
+TICK_S = 0.005  # between two looks at faults to inject and at who is silent
+
+
+class WorkerFailed(RuntimeError):
+  """A worker that lives could not do what it was asked to."""
+
+
+@dataclasses.dataclass
+class Answers:
+  """What came back of a call."""
+
+  values: dict[int, Any]  # by rank
+  errors: dict[int, str]
+  lost: tuple[int, ...]  # ranks of the call that are gone
+
+  def good(self) -> dict[int, Any]:
+    """The values, if everybody answered.
+
+    Raises:
+      RanksGone: somebody is gone.
+      WorkerFailed: somebody lives and failed.
+    """
+    if self.lost:
+      raise RanksGone(self.lost)
+    for rank, error in self.errors.items():
+      raise WorkerFailed(f"rank {rank}: {error}")
+    return self.values
+
+
+class RanksGone(Exception):
+  """A call could not be done: ranks that it needs are gone."""
+
+  def __init__(self, ranks: tuple[int, ...]) -> None:
+    super().__init__(f"rank(s) {list(ranks)} are gone")
+    self.ranks = ranks
+
+
+@dataclasses.dataclass
+class Mate:
+  """One worker process, seen from the supervisor."""
+
+  rank: int
+  incarnation: int
+  process: subprocess.Popen
+  work: mp.Connection | None = None
+  control: mp.Connection | None = None
+  up: Up | None = None
+
+  @property
+  def member(self) -> Member:
+    return self.rank, self.incarnation
+
+
+class Crew:
+  """All workers of one engine."""
+
+  def __init__(
+    self, host: str, record: Record, watch: Watch,
+    before_wait: Callable[[], None],
+  ) -> None:  # fmt: skip
+    """`before_wait` is called every few milliseconds while a call waits."""
+    self.authkey = secrets.token_bytes(32)
+    self.watch = watch
+    self.epoch = 0
+    self._record = record
+    self._before_wait = before_wait
+    self._listener = mp.Listener((host, 0), authkey=self.authkey, backlog=64)
+    self._mates: dict[int, Mate] = {}
+    self._setups: dict[int, Setup] = {}
+    self._fenced: list[tuple[float, Mate]] = []  # killed at that time
+    self._lost: list[int] = []  # noticed, not taken yet
+    self._arrived: list[tuple[Hello, mp.Connection]] = []
+    self._number = 0
+    self._closing = False
+    threading.Thread(target=self._accept, daemon=True).start()
+
+  # -- who is there
+
+  def start(self, rank: int, incarnation: int, setup: Setup) -> None:
+    """Starts a process; `is_up` says when it can be called."""
+    host, port = self._listener.address
+    process = subprocess.Popen(
+      [sys.executable, "-m", "resilient_moe.runtime.process.worker",
+       f"rank={rank}", f"incarnation={incarnation}", f"{host}:{port}"],
+      stdin=subprocess.DEVNULL,
+      env={**os.environ, AUTHKEY: self.authkey.hex(), "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    self._mates[rank] = Mate(rank, incarnation, process)
+    self._setups[rank] = setup
+
+  def mate(self, rank: int) -> Mate:
+    return self._mates[rank]
+
+  def alive(self, rank: int) -> bool:
+    return rank in self._mates
+
+  def ranks(self) -> tuple[int, ...]:
+    """Everybody who was started and is not known to be gone."""
+    return tuple(self._mates)
+
+  def is_up(self, rank: int) -> bool:
+    """Whether a rank that was started can be called; takes its greetings.
+
+    Raises:
+      WorkerFailed: it could not start; says why.
+    """
+    self._greet()
+    mate = self._mates.get(rank)
+    if mate is None:
+      return False
+    if mate.up is None and mate.work is not None and mate.work.poll():
+      self._hear_first(mate)
+    if mate.up is None and mate.process.poll() is not None:
+      self._bury(mate)
+    return rank in self._mates and mate.up is not None
+
+  def wait_up(self, ranks: Iterable[int]) -> None:
+    """Blocks until all are up.
+
+    Raises:
+      WorkerFailed: one of them could not start, or not in time.
+    """
+    deadline = time.monotonic() + START_S
+    for rank in ranks:
+      while not self.is_up(rank):
+        if rank not in self._mates or time.monotonic() > deadline:
+          raise WorkerFailed(f"the worker of rank {rank} did not start")
+        time.sleep(TICK_S)
+
+  def _accept(self) -> None:
+    """A thread: takes connections, so that nobody waits for a handshake."""
+    while not self._closing:
+      try:
+        connection = prompt(self._listener.accept())
+        hello = connection.recv()
+      except (OSError, EOFError, mp.AuthenticationError):  # type: ignore[attr-defined]
+        continue  # somebody else, or a worker that died at the door
+      if isinstance(hello, Hello):
+        self._arrived.append((hello, connection))
+
+  def _greet(self) -> None:
+    while self._arrived:
+      hello, connection = self._arrived.pop(0)
+      mate = self._mates.get(hello.rank)
+      if mate is None or mate.incarnation != hello.incarnation:
+        connection.close()
+        continue
+      if hello.kind == "control":
+        mate.control = connection
+      else:
+        mate.work = connection
+        connection.send(self._setups[hello.rank])
+
+  def _hear_first(self, mate: Mate) -> None:
+    assert mate.work is not None
+    try:
+      reply: Reply = mate.work.recv()
+    except (EOFError, OSError):
+      self._bury(mate)
+      return
+    if reply.error:
+      raise WorkerFailed(reply.error)
+    mate.up = reply.value
+    assert mate.up is not None
+    self.watch.add(mate.rank, mate.up)
+
+  # -- calls
+
+  def tell(self, each: Mapping[int, Mapping[str, Any]], op: str) -> None:
+    """A one-way call, each rank with its arguments; nobody waits."""
+    self._number += 1
+    for rank, args in each.items():
+      self._send(rank, Call(self._number, self.epoch, op, dict(args), True))
+
+  def call(
+    self, each: Mapping[int, Mapping[str, Any]], op: str
+  ) -> Answers:
+    """Asks ranks, each with its arguments; gathers what they say."""
+    self._number += 1
+    number = self._number
+    answers = Answers({}, {}, tuple(r for r in each if r not in self._mates))
+    waiting: set[int] = set()
+    if answers.lost:
+      return answers  # nobody is sent into a collective that can't end
+    for rank, args in each.items():
+      if self._send(rank, Call(number, self.epoch, op, dict(args))):
+        waiting.add(rank)
+    start = time.monotonic()
+    limit = start + HANG_S
+    while waiting:
+      known = len(self._lost)
+      for rank in self._ready(waiting):
+        self._hear(rank, number, waiting, answers)
+      now = time.monotonic()
+      self._give_up(self.watch.stuck(waiting, now - start), waiting)
+      waiting &= self._mates.keys()
+      if len(self._lost) > known:
+        limit = now + ABORTED_S
+      if now > limit:
+        self._give_up(tuple(waiting), waiting)
+    answers.lost = tuple(r for r in each if r not in self._mates)
+    return answers
+
+  def _send(self, rank: int, call: Call) -> bool:
+    mate = self._mates.get(rank)
+    if mate is None or mate.work is None:
+      return False
+    try:
+      mate.work.send(call)
+    except OSError:
+      self._bury(mate)
+      return False
+    return True
+
+  def _ready(self, waiting: set[int]) -> list[int]:
+    """Ranks that have said something, or died; waits a tick at most."""
+    self._before_wait()
+    found = self._wait(TICK_S)
+    return [rank for rank in found if rank in waiting]
+
+  def _wait(self, wait_s: float) -> list[int]:
+    """Looks at everybody; buries the dead, refuses the fenced."""
+    # Any: the stubs of `wait` know no keys of a dict.
+    mates = self._mates.values()
+    of: dict[Any, Mate] = {m.work: m for m in mates if m.work is not None}
+    old: dict[Any, Mate] = {
+      m.work: m for _, m in self._fenced if m.work is not None
+    }
+    controls: dict[Any, Mate] = {
+      m.control: m for m in mates if m.control is not None
+    }
+    heard = []
+    for end in mp.wait([*of, *old, *controls], wait_s):
+      if end in old:
+        self._refuse(old[end])
+      elif end in controls:
+        self._bury(controls[end])
+      elif of[end].up is not None:
+        heard.append(of[end].rank)
+    return heard
+
+  def _hear(
+    self, rank: int, number: int, waiting: set[int], answers: Answers
+  ) -> None:
+    mate = self._mates.get(rank)
+    if mate is None or mate.work is None:
+      return
+    try:
+      reply: Reply = mate.work.recv()
+    except (EOFError, OSError):
+      self._bury(mate)
+      return
+    if reply.number != number:
+      self._record("stale", epoch=reply.epoch, rank=rank)
+      return
+    waiting.discard(rank)
+    if reply.error:
+      answers.errors[rank] = reply.error
+    else:
+      answers.values[rank] = reply.value
+
+  # -- ends
+
+  def look(self) -> None:
+    """Notices who died, without waiting; kills who was fenced long ago."""
+    self._before_wait()
+    for rank in self._wait(0.0):
+      # Nobody was asked anything: an end of file, or an answer too late.
+      self._hear(rank, -1, set(), Answers({}, {}, ()))
+    self._reap()
+
+  def take_lost(self) -> tuple[int, ...]:
+    """Ranks that are gone since the last time this was asked."""
+    lost, self._lost = tuple(self._lost), []
+    return lost
+
+  def lingers(self, rank: int) -> bool:
+    """Whether a process of the rank is fenced and not killed yet."""
+    return any(mate.rank == rank for _, mate in self._fenced)
+
+  def _bury(self, mate: Mate) -> None:
+    """A worker is dead: whoever waits for it in a collective is freed."""
+    if self._mates.get(mate.rank) is not mate:
+      return
+    self._remove(mate)
+    self._lost.append(mate.rank)
+    _kill(mate)
+
+  def _remove(self, mate: Mate) -> None:
+    del self._mates[mate.rank]
+    self.watch.remove(mate.rank)
+    for other in self._mates.values():
+      if other.control is not None:
+        with contextlib.suppress(OSError):
+          other.control.send((mate.member,))
+
+  def _give_up(self, ranks: tuple[int, ...], waiting: set[int]) -> None:
+    """Fences workers that live and don't answer; they are killed later."""
+    for rank in ranks:
+      if rank in self._mates and rank in waiting:
+        self._record(
+          "warning", text=f"rank {rank} is alive and does not answer: fenced"
+        )
+        self._lost.append(rank)
+        self.fence(rank)
+
+  def fence(self, rank: int) -> None:
+    """Nothing that a worker still says counts; it is killed after a grace."""
+    mate = self._mates.get(rank)
+    if mate is None:
+      return
+    self._remove(mate)
+    self._fenced.append((time.monotonic() + self.watch.limits.grace_s, mate))
+
+  def _refuse(self, mate: Mate) -> None:
+    """A fenced worker speaks (it was continued): recorded, not listened to."""
+    assert mate.work is not None
+    try:
+      reply = mate.work.recv()
+      self._record("stale", epoch=reply.epoch, rank=mate.rank)
+    except (EOFError, OSError):
+      mate.work = None
+
+  def _reap(self) -> None:
+    now = time.monotonic()
+    for at, mate in self._fenced:
+      if now >= at:
+        _kill(mate)
+    self._fenced = [(at, m) for at, m in self._fenced if now < at]
+
+  def close(self) -> None:
+    """Ends every process."""
+    self._closing = True
+    self._listener.close()
+    for mate in [*self._mates.values(), *(m for _, m in self._fenced)]:
+      _kill(mate)
+
+
+def _kill(mate: Mate) -> None:
+  with contextlib.suppress(ProcessLookupError):
+    os.kill(mate.process.pid, signal.SIGKILL)
+  mate.process.wait()
+  for end in (mate.work, mate.control):
+    if end is not None:
+      end.close()

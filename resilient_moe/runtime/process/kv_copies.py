@@ -1,0 +1,229 @@
+"""Who mirrors whose KV, and how it comes back: the supervisor's side.
+
+Workers stream to each other or to the store process (`stream.py`,
+`kv_store.py`); here is only what is known about it. Any copy of a request's KV
+is a prefix of it (positions never change), so the longest one serves.
+"""
+
+import collections
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from resilient_moe.recovery.view import Tier
+from resilient_moe.runtime.process.crew import Crew, WorkerFailed
+from resilient_moe.runtime.process.data import DataClient
+from resilient_moe.runtime.process.kv_store import StoreProcess
+from resilient_moe.runtime.process.wire import Address
+from resilient_moe.runtime.seats import Seats
+from resilient_moe.serving.backend import Placed
+from resilient_moe.serving.recover import Record
+from resilient_moe.serving.scheduler import StepBatch
+
+HOST = -1  # holder of what the store process mirrors
+DRAIN_S = 5.0
+
+
+class KVCopies:
+  """Mirrors of the KV of every request in flight, or none at all."""
+
+  def __init__(
+    self, mode: str, crew: Crew, store: StoreProcess | None, rows: int,
+    record: Record,
+  ) -> None:  # fmt: skip
+    """`mode`: none, peer or host (with `store`); `rows` of a rank."""
+    self.mode = mode
+    self._crew, self._store, self._rows = crew, store, rows
+    self._record = record
+    self._client: DataClient | None = None
+    if store is not None:
+      self._client = DataClient(store.address, crew.authkey)
+    self._seats = Seats()
+    self._holder: dict[int, int] = {}  # rank -> who mirrors it
+    self._known: dict[str, tuple[int, int]] = {}  # tokens, holder
+    self._ended: list[int] = []  # died since the records were last read
+    self._rebase: collections.deque[str] = collections.deque()
+    self._lag = 0
+
+  # -- steps
+
+  def seats(self, batch: StepBatch) -> None:
+    self._seats.note(batch, committed=False)
+
+  def committed(self, batch: StepBatch) -> None:
+    self._seats.note(batch, committed=True)
+
+  def sitting_on(self, ranks: Iterable[int]) -> list[str]:
+    return self._seats.on(ranks)
+
+  def segments(self, batch: StepBatch) -> dict[int, list[tuple]]:
+    """By rank: (request, lane of the delta, start, length)."""
+    found: dict[int, list[tuple]] = {}
+    if self.mode == "none":
+      return found
+    for r in batch.rows:
+      segment = (r.request_id, r.row, r.position, 1)
+      found.setdefault(batch.mesh[r.place], []).append(segment)
+    for c in batch.chunks:
+      segment = (c.request_id, self._rows, c.start, c.length)
+      found.setdefault(batch.mesh[c.place], []).append(segment)
+    return found
+
+  def heard(
+    self, rank: int, refused: Iterable[str], lag: int, warnings: Iterable[str]
+  ) -> None:
+    """What a worker said about its stream."""
+    self._rebase.extend(n for n in refused if n not in self._rebase)
+    self._lag = lag
+    holder = self._holder.get(rank)
+    for text in warnings:
+      # That a peer died is known, and another mirrors by now.
+      if holder == HOST:
+        self._record("warning", text=text)
+
+  # -- who mirrors whom
+
+  def ring(self, mesh: tuple[int, ...]) -> None:
+    """Each rank streams to the next one, or all to the store."""
+    if self.mode == "none":
+      return
+    for place, rank in enumerate(mesh):
+      holder = mesh[(place + 1) % len(mesh)] if self.mode == "peer" else HOST
+      if self._holder.get(rank) == holder:
+        continue
+      self._holder[rank] = holder
+      self._crew.tell(
+        {rank: {"address": self._address(holder, rank)}}, "stream_to"
+      )
+      self._rebase.extend(self._seats.on([rank]))
+
+  def _address(self, holder: int, rank: int) -> Address | None:
+    """Where a holder takes streams; a single rank has no neighbour."""
+    if holder == HOST:
+      return self._store.address if self._store is not None else None
+    if holder == rank or not self._crew.alive(holder):
+      return None
+    up = self._crew.mate(holder).up
+    return up.data if up is not None else None
+
+  def lost(self, ranks: Iterable[int]) -> None:
+    """Ranks that are gone: what the dead ones sent ends, and is awaited."""
+    for rank in ranks:
+      self._holder.pop(rank, None)
+      if not self._crew.lingers(rank):
+        self._ended.append(rank)
+    gone = set(ranks)
+    self._holder = {r: h for r, h in self._holder.items() if h not in gone}
+
+  def moved(self, placed: tuple[Placed, ...]) -> None:
+    """Requests that have new places stream anew from there."""
+    for p in placed:
+      self._seats.moved(p)
+      if self.mode != "none":
+        self._rebase.append(p.request_id)
+
+  def rebase_one(self) -> None:
+    """Streams one request's whole KV to its rank's holder."""
+    if not self._rebase:
+      return
+    name = self._rebase.popleft()
+    seat = self._seats.get(name)
+    if seat is not None and seat.tokens and self._crew.alive(seat.rank):
+      call = {"request_id": name, "row": seat.row, "tokens": seat.tokens}
+      self._crew.tell({seat.rank: call}, "rebase")
+
+  # -- after a loss
+
+  def records(self) -> Mapping[str, tuple[int, int]]:
+    """Request -> (positions mirrored, holder), all that the dead sent read."""
+    if self.mode == "none":
+      return {}
+    ended, self._ended = self._ended, []
+    known: dict[str, tuple[int, int]] = {}
+    for holder, records in self._ask(ended).items():
+      for name, tokens in records.items():
+        known[name] = max(known.get(name, (0, HOST)), (tokens, holder))
+    self._known = known
+    return known
+
+  def _ask(self, ended: list[int]) -> dict[int, dict[str, int]]:
+    if self.mode == "peer":
+      ranks = [r for r in self._crew.ranks() if self._crew.is_up(r)]
+      answers = self._crew.call({r: {"ended": ended} for r in ranks}, "records")
+      return answers.values
+    assert self._client is not None
+    try:
+      for rank in ended:
+        self._client.streams_ended(rank, DRAIN_S)
+      return {HOST: self._client.records()}
+    except ConnectionError as error:
+      self._warn(f"the KV store is gone, requests are prefilled: {error}")
+      return {}
+
+  def restore(
+    self, placed: tuple[Placed, ...], tier: Tier, alive: np.ndarray
+  ) -> tuple[dict[str, int], int]:
+    """Every target pulls its own requests' KV, all side by side."""
+    calls: dict[int, list[dict[str, Any]]] = {}
+    settle: set[int] = set()
+    for p in placed:
+      source = self._source(p, tier, alive, settle)
+      if source is not None:
+        calls.setdefault(p.rank, []).append(
+          {"request_id": p.request_id, "row": p.row, **source}
+        )
+    if settle:  # a commit may be under way there
+      self._crew.call(dict.fromkeys(settle, {}), "done").good()
+    answers = self._crew.call(
+      {rank: {"rows": rows} for rank, rows in calls.items()}, "rows"
+    )
+    restored, nbytes = {}, 0
+    for said in answers.good().values():
+      for name, tokens, size, error in said:
+        if error:
+          self._warn(f"request {name!r} is prefilled again: {error}")
+        else:
+          restored[name] = tokens
+          nbytes += size
+    return restored, nbytes
+
+  def _source(
+    self, p: Placed, tier: Tier, alive: np.ndarray, settle: set[int]
+  ) -> dict[str, Any] | None:
+    """Where a request's KV can be pulled from, and how."""
+    live = tier == Tier.PEER and p.from_rank >= 0 and alive[p.from_rank]
+    if live and self._crew.alive(p.from_rank):
+      up = self._crew.mate(p.from_rank).up
+      assert up is not None
+      settle.add(p.from_rank)
+      args = (p.from_row, p.live_tokens)
+      return {"what": "row", "address": up.data, "args": args}
+    tokens, holder = self._known.get(p.request_id, (0, HOST))
+    if not tokens:
+      return None
+    address = self._address(holder, -2)
+    if address is None:
+      return None
+    return {"what": "kv", "address": address, "args": (p.request_id,)}
+
+  def _warn(self, text: str) -> None:
+    self._record("warning", text=text)
+
+  def store_pid(self) -> int | None:
+    return self._store.process.pid if self._store is not None else None
+
+  def close(self, mesh: tuple[int, ...]) -> None:
+    """Records what streaming came to; ends the store process."""
+    try:
+      if self.mode != "none":
+        present: dict[int, dict] = {r: {} for r in mesh if self._crew.alive(r)}
+        total = sum(self._crew.call(present, "done").values.values())
+        self._record("checkpoint", bytes_total=total, lag_steps=self._lag)
+    except WorkerFailed as error:
+      self._warn(f"no count of streamed bytes: {error}")
+    finally:
+      if self._client is not None:
+        self._client.close()
+      if self._store is not None:
+        self._store.close()

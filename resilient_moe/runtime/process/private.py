@@ -1,0 +1,137 @@
+"""PRIVATE: every private JAX name of the process runtime.
+
+What JAX has no public door for yet: a coordination service that outlives
+every worker, a worker that comes back under the same number, and the end of a
+collective whose peer is dead. `tests/runtime/process/test_private.py` says
+which name is missing when a JAX version moves one. How each was found to work
+is told in `docs` of the README, "Processes".
+"""
+
+import ctypes
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from jax._src import distributed
+from jax._src.lib import _jax  # type: ignore[attr-defined]
+
+# The service must not decide who is dead: the supervisor's detector does.
+HEARTBEAT_S = 600
+SHUTDOWN_S = 5
+
+
+def host_service(address: str, n_workers: int) -> Any:
+  """Hosts the coordination service, in the supervisor.
+
+  A worker that hosted it would take everybody with it. Keep the result: the
+  service ends with it.
+  """
+  return _jax.get_distributed_runtime_service(
+    address, n_workers, heartbeat_timeout=HEARTBEAT_S,
+    shutdown_timeout=SHUTDOWN_S, recoverable=True,
+  )  # fmt: skip
+
+
+def configure(n_devices: int, host: str) -> None:
+  """JAX's settings of a worker on CPU; before anything else asks JAX."""
+  for name, value in {
+    "jax_num_cpu_devices": n_devices,
+    "jax_enable_recoverability": True,
+    "jax_cpu_collectives_implementation": "gloo",
+    "jax_enable_preemption_service": False,  # it swallows SIGTERM
+    "jax_enable_compilation_cache": False,  # executables belong to one run
+  }.items():
+    jax.config.update(name, value)
+  make = _jax.make_gloo_tcp_collectives
+  # By itself gloo listens on whatever the host's name resolves to.
+  _jax.make_gloo_tcp_collectives = functools.partial(make, hostname=host)
+
+
+def join(address: str, n_workers: int, number: int, again: bool) -> None:
+  """Enters the job as worker `number`; `again`: one of it has died before."""
+  jax.distributed.initialize(
+    address, n_workers, number, heartbeat_timeout_seconds=HEARTBEAT_S,
+    coordinator_bind_address="127.0.0.1:0",
+  )  # fmt: skip
+  if again and number == 0:
+    # Worker 0 publishes the topology, and its predecessor already has.
+    client: Any = distributed.global_state.client
+    client.key_value_delete("cpu:global_topology/cpu")
+
+
+def local_devices(number: int) -> list[jax.Device]:
+  """The virtual devices of a worker, first incarnation first."""
+  return [d for d in jax.devices() if d.process_index == number]
+
+
+class Connections:
+  """The sockets of each mesh's communicator, so that it can be aborted.
+
+  On CPU nothing ends a collective whose peer is dead. Shutting the sockets
+  does: every blocked member raises within milliseconds. It is to gloo what
+  `ncclCommAbort` is to NCCL. A mesh is named by its members in order.
+  """
+
+  def __init__(self) -> None:
+    self._of: dict[tuple, tuple[int, ...]] = {}
+    self._making: tuple[tuple, dict[int, str]] | None = None
+    self._gone: set = set()
+    self._lock = threading.Lock()
+
+  def made_by(self, mesh: tuple, run: Callable[[], Any]) -> Any:
+    """Runs a program; the sockets that appear meanwhile are the mesh's.
+
+    Raises:
+      ConnectionAbortedError: a member is gone; nobody would answer.
+    """
+    if gone := self._gone.intersection(mesh):
+      raise ConnectionAbortedError(f"member(s) {sorted(gone)} are gone")
+    if mesh in self._of:
+      return run()
+    before = _sockets()
+    with self._lock:
+      self._making = (mesh, before)
+    try:
+      return run()
+    finally:
+      with self._lock:
+        self._of[mesh] = _appeared(before)
+        self._making = None
+
+  def abort(self, gone: Iterable) -> None:
+    """Ends all collectives, running or to come, with these members."""
+    with self._lock:
+      self._gone.update(gone)
+      dead = [m for m in self._of if self._gone.intersection(m)]
+      # Forgotten at once: the numbers may be those of other sockets later.
+      found = [fd for mesh in dead for fd in self._of.pop(mesh)]
+      if self._making and self._gone.intersection(self._making[0]):
+        found += _appeared(self._making[1])
+    libc = ctypes.CDLL(None)
+    for fd in found:
+      libc.shutdown(fd, 2)  # an error means that it is shut already
+
+  def count(self) -> int:
+    """Open connections of all meshes."""
+    with self._lock:
+      return sum(len(fds) for fds in self._of.values())
+
+
+def _appeared(before: dict[int, str]) -> tuple[int, ...]:
+  return tuple(fd for fd, s in _sockets().items() if before.get(fd) != s)
+
+
+def _sockets() -> dict[int, str]:
+  """The sockets of this process, by file descriptor."""
+  found = {}
+  for name in os.listdir("/proc/self/fd"):
+    try:
+      target = os.readlink(f"/proc/self/fd/{name}")
+    except OSError:
+      continue  # closed since it was listed
+    if target.startswith("socket:"):
+      found[int(name)] = target
+  return found

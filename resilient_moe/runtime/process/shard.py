@@ -1,0 +1,255 @@
+"""One rank's arrays, and what is done with them in its process."""
+
+import pathlib
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from resilient_moe.mesh.executables import Executables, Source
+from resilient_moe.model.step import cache_shape
+from resilient_moe.recovery.actions import Move
+from resilient_moe.recovery.view import Tier
+from resilient_moe.runtime.device_store import DeviceStore
+from resilient_moe.runtime.process import private
+from resilient_moe.runtime.process.data import DataClient, DataServer
+from resilient_moe.runtime.process.mirror import KVMirror
+from resilient_moe.runtime.process.probe import Responder
+from resilient_moe.runtime.process.stream import KVStream
+from resilient_moe.runtime.process.wire import Address, Member, Setup, Up
+from resilient_moe.runtime.readiness import COMPILED_POLL_S
+from resilient_moe.runtime.weights import WeightTiers, tree_bytes
+
+Mesh = tuple[int, ...]
+DRAIN_S = 5.0  # at most, for what a dead rank had sent to be read
+
+
+class Shard:
+  """The store of one rank, its mirror of others, and its own stream."""
+
+  def __init__(self, rank: int, setup: Setup, authkey: bytes) -> None:
+    self._rank, self._setup, self._authkey = rank, setup, authkey
+    self._incarnations = dict(setup.incarnations)
+    stages = _Stages()
+    private.configure(setup.n_devices, setup.host)
+    again = setup.incarnations[rank] > 0
+    private.join(
+      setup.coordinator, len(setup.numbers), setup.number, again
+    )
+    self._locals = {
+      r: private.local_devices(n) for r, n in setup.numbers.items()
+    }
+    stages.done("join")
+    self.weights = WeightTiers(pathlib.Path(setup.checkpoint))
+    stages.done("weights")
+    self._connections = private.Connections()
+    self._clients: dict[Address, DataClient] = {}
+    self._routing: dict | None = None
+    self._placed: Any = None  # the routing arrays on the device
+    self._build()
+    stages.done("placing")
+    self._serve_data()
+    responder = Responder.start(setup.host, setup.probes)
+    if not setup.host_weights:
+      self.weights.drop_host_copy()
+    self.up = Up(
+      self._server.address, responder.port, responder.native,
+      tree_bytes(self._template), tree_bytes(self.weights.dense),
+      self.weights.host_bytes, stages.seconds,
+    )  # fmt: skip
+
+  def _build(self) -> None:
+    setup = self._setup
+    executables = Executables(setup.shape, setup.store)
+    while not executables.has_rank_programs():
+      time.sleep(COMPILED_POLL_S)  # one process compiles them for everybody
+    # By rank; a rank that has no process yet stands for itself.
+    own = self._device(self._rank)
+    size = max(max(self._incarnations), self._rank) + 1
+    devices = [
+      self._device(r) if r in self._locals else own for r in range(size)
+    ]
+    self.store = DeviceStore(setup.shape, devices, executables)
+    trees = [self.weights.expert(e) if e >= 0 else None for e in setup.slots]
+    self._template = self.weights.expert(0)
+    self.store.add(self._rank, self.weights.dense, trees)
+    self.store.warm_rank_programs()
+
+  def _device(self, rank: int) -> jax.Device:
+    return self._locals[rank][self._incarnations[rank]]
+
+  def _serve_data(self) -> None:
+    setup = self._setup
+    n_layers, _, _, heads, length, d = cache_shape(
+      setup.shape.config, setup.shape.options
+    )
+    self._mirror = None
+    if setup.mirrors:
+      self._mirror = KVMirror(
+        (n_layers, heads, length, d), setup.shape.config.dtype
+      )
+    self._server = DataServer(
+      setup.host, self._authkey, self._mirror,
+      {"slot": self._read_slot, "row": self._read_row},
+    )  # fmt: skip
+    self._stream: KVStream | None = None
+    self._warnings: list[str] = []
+    if setup.streams:
+      self._stream = KVStream(
+        self._rank, self._authkey, self._warnings.append
+      )
+
+  # -- membership
+
+  def members(self, incarnations: dict[int, int]) -> None:
+    self._incarnations.update(incarnations)
+    for rank in incarnations:
+      if rank in self._locals:
+        self.store.devices[rank] = self._device(rank)
+    self.store.unbind()
+    self._placed = None
+
+  def _key(self, mesh: Mesh) -> tuple[Member, ...]:
+    return tuple((r, self._incarnations[r]) for r in mesh)
+
+  def abort(self, gone: tuple[Member, ...]) -> None:
+    self._connections.abort(gone)
+
+  # -- programs
+
+  def load(self, mesh: Mesh) -> str:
+    sources = [
+      self.store.program(mesh, w)[1] for w in self._setup.shape.chunks()
+    ]
+    return str(max(sources, key=list(Source).index))
+
+  def make_ready(self, mesh: Mesh, width: int, routing: dict) -> None:
+    self._connections.made_by(
+      self._key(mesh), lambda: self.store.make_ready(mesh, width, routing)
+    )
+
+  def set_routing(self, routing: dict) -> None:
+    self._routing, self._placed = routing, None
+
+  def run(
+    self, mesh: Mesh, width: int, ints: np.ndarray
+  ) -> tuple[jax.Array, np.ndarray, jax.Array, float]:
+    """One step; delta, tokens, the packed batch, when it was launched."""
+    if self._placed is None:
+      assert self._routing is not None
+      self._placed = self.store.put_routing(mesh, self._routing)
+    launched = time.monotonic()
+    delta, tokens, packed = self._connections.made_by(
+      self._key(mesh),
+      lambda: self.store.run(mesh, width, self._placed, ints),
+    )
+    return delta, tokens, packed, launched
+
+  def commit(
+    self, mesh: Mesh, width: int, delta: jax.Array, packed: jax.Array
+  ) -> None:
+    self.store.commit(mesh, width, delta, packed)
+
+  # -- weights and KV
+
+  def fill(
+    self, slot: int, expert: int, tier: str, source: tuple[Address, int] | None
+  ) -> int:
+    if tier == Tier.LOCAL:
+      assert source is not None
+      tree = self.store.read_slot(self._rank, source[1])
+    elif tier == Tier.PEER:
+      assert source is not None
+      leaves = self._client(source[0]).pull("slot", source[1])
+      tree = jax.tree.unflatten(jax.tree.structure(self._template), leaves)
+    else:
+      move = Move(expert, self._rank, slot)
+      tree = self.weights.read([move], Tier(tier), _no_peer)[expert]
+    self.store.write_slot(self._rank, slot, tree)
+    self.store.wait()
+    return tree_bytes(tree)
+
+  def row(
+    self, row: int, what: str, address: Address, args: tuple
+  ) -> tuple[int, int]:
+    """Pulls a request's KV [L, 2K, tokens, d] into a row."""
+    if address == self._server.address and what == "kv":
+      assert self._mirror is not None
+      kv = self._mirror.get(*args)
+    else:
+      [kv] = self._client(address).pull(what, *args)
+    if kv is None:
+      return 0, 0
+    self.store.write_row(self._rank, row, kv)
+    self.store.wait()
+    return kv.shape[2], kv.nbytes
+
+  def _client(self, address: Address) -> DataClient:
+    if address not in self._clients:
+      self._clients[address] = DataClient(address, self._authkey)
+    return self._clients[address]
+
+  def _read_slot(self, slot: int) -> list[np.ndarray]:
+    return jax.tree.leaves(self.store.read_slot(self._rank, slot))
+
+  def _read_row(self, row: int, tokens: int) -> list[np.ndarray]:
+    return [self.store.read_row(self._rank, row, tokens)]
+
+  def settled(self) -> int:
+    """Waits for what was dispatched; KV bytes streamed so far."""
+    self.store.wait()
+    return self._stream.bytes_sent if self._stream is not None else 0
+
+  # -- KV checkpoints
+
+  def stream_to(self, address: Address | None) -> None:
+    if self._stream is not None:
+      self._stream.target(address)
+
+  def stream(
+    self, segments: list, delta: jax.Array, retired: tuple[str, ...]
+  ) -> None:
+    if self._mirror is not None and retired:
+      self._mirror.forget(retired)
+    if self._stream is not None:
+      if retired:
+        self._stream.forget(retired)
+      if segments:
+        self._stream.put(segments, delta.addressable_data(0))
+
+  def rebase(self, request_id: str, row: int, tokens: int) -> None:
+    if self._stream is not None:
+      kv = self.store.read_row(self._rank, row, tokens)
+      self._stream.rebase(request_id, kv)
+
+  def records(self, ended: Iterable[int]) -> dict[str, int]:
+    for rank in ended:
+      self._server.streams_ended(rank, DRAIN_S)
+    return self._mirror.records() if self._mirror is not None else {}
+
+  def refused(self) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
+    """Requests to rebase, steps that wait to be streamed, warnings."""
+    if self._stream is None:
+      return (), 0, ()
+    warnings, self._warnings[:] = tuple(self._warnings), []
+    refused = tuple(sorted(self._stream.take_refused()))
+    return refused, self._stream.pending, warnings
+
+
+def _no_peer(rank: int, expert: int) -> dict[str, Any]:
+  raise LookupError(f"rank {rank} is asked for expert {expert} by `pull`")
+
+
+class _Stages:
+  """How long each part of a start took, in seconds."""
+
+  def __init__(self) -> None:
+    self.seconds: dict[str, float] = {}
+    self._since = time.monotonic()
+
+  def done(self, stage: str) -> None:
+    now = time.monotonic()
+    self.seconds[stage] = now - self._since
+    self._since = now

@@ -1,0 +1,263 @@
+"""Starts an engine of processes: the service, the workers, the store."""
+
+import pathlib
+import socket
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from resilient_moe.faults import Fault, Injector
+from resilient_moe.mesh.executables import Executables
+from resilient_moe.model.step import cache_shape
+from resilient_moe.recovery import Status, mesh_named
+from resilient_moe.report import Recorder
+from resilient_moe.report.runs import write_text
+from resilient_moe.runtime.assemble import (
+  Fresh,
+  Plans,
+  Stages,
+  store_folder,
+)
+from resilient_moe.runtime.case import Case
+from resilient_moe.runtime.execute import canary
+from resilient_moe.runtime.journal import INJECTOR
+from resilient_moe.runtime.process import kv_store, private
+from resilient_moe.runtime.process.backend import ProcessBackend
+from resilient_moe.runtime.process.crew import Crew, WorkerFailed
+from resilient_moe.runtime.process.kv_copies import KVCopies
+from resilient_moe.runtime.process.rules import Limits
+from resilient_moe.runtime.process.signals import Signals
+from resilient_moe.runtime.process.watch import Watch
+from resilient_moe.runtime.process.wire import Setup
+from resilient_moe.runtime.readiness import Readiness
+
+HOST = "127.0.0.1"
+INCARNATIONS = 32  # processes that one rank can be, one after the other
+
+
+def assemble(
+  case: Case, plans: Plans, fresh: Fresh, scratch: pathlib.Path,
+  recorder: Recorder,
+) -> ProcessBackend:  # fmt: skip
+  """An engine of processes, ready to serve; each stage is recorded."""
+  folder = store_folder(case, plans, fresh, scratch)
+  start = _Start(case, plans, fresh, folder, scratch, recorder)
+  try:
+    return start.run()
+  except BaseException:
+    start.close()
+    raise
+
+
+class _Start:
+  """The parts of an engine while it is put together."""
+
+  def __init__(
+    self, case: Case, plans: Plans, fresh: Fresh, folder: pathlib.Path,
+    scratch: pathlib.Path, recorder: Recorder,
+  ) -> None:  # fmt: skip
+    self._case, self._plans, self._fresh = case, plans, fresh
+    self._folder, self._scratch = folder, scratch
+    self._recorder = recorder
+    self._ranks = np.flatnonzero(plans.view.alive()).tolist()
+    self._incarnations = dict.fromkeys(range(len(plans.view.status)), 0)
+    executables = Executables(plans.shape, folder)
+    self._readiness = Readiness(
+      executables, folder, len(plans.view.status), recorder.write
+    )
+    self._readiness.compile(self._sizes())
+    self._address = f"{HOST}:{_free_port()}"
+    self._service = private.host_service(self._address, len(self._ranks))
+    self._probes = scratch / "probes"
+    limits = Limits(**case.detector)
+    watch = Watch(limits, HOST, self._probes)
+    self._signals = Signals(
+      case.seed, self._pid, self._store_pid, self._struck
+    )
+    self._crew = Crew(HOST, recorder.write, watch, self._signals.due)
+    self._store: kv_store.StoreProcess | None = None
+    self._backend: ProcessBackend | None = None
+
+  def run(self) -> ProcessBackend:
+    stage = Stages(self._recorder, self._fresh.generation)
+    for rank in self._ranks:
+      slots = tuple(self._plans.view.slots[rank].tolist())
+      self._crew.start(rank, 0, self._setup(rank, slots))
+    self._start_store()
+    while not all(map(self._crew.is_up, self._ranks)):
+      self._check()
+      time.sleep(0.01)
+    stage.done("workers")
+    self._note_stages()
+    mesh = tuple(self._plans.view.mesh.tolist())
+    self._readiness.wait_compiled(len(mesh))
+    stage.done("executables")
+    backend = self._backend = self._make()
+    backend.load(mesh, run=True)
+    backend.changed()  # everybody learns who mirrors whom
+    backend.canary_token = canary(backend)
+    stage.done("first_step")
+    if not self._fresh.generation or self._fresh.whole:
+      view, standing = self._plans.view, self._plans.standing
+      self._readiness.want(view.launched, standing.ready)
+    return backend
+
+  def _sizes(self) -> set[int]:
+    """Of the meshes that traffic will wait for."""
+    view, standing = self._plans.view, self._plans.standing
+    sizes = {len(view.mesh)}
+    if self._case.wait_ready and not self._fresh.generation:
+      sizes |= {len(mesh_named(view.launched, n)) for n in standing.ready}
+    return sizes
+
+  def _check(self) -> None:
+    """Whoever can't start ends the start.
+
+    Raises:
+      RuntimeError: a worker or the compiler ended.
+    """
+    self._readiness.check_compiler()
+    for rank in self._ranks:
+      if not self._crew.alive(rank):
+        raise WorkerFailed(f"the worker of rank {rank} did not start")
+
+  def _setup(self, rank: int, slots: tuple[int, ...]) -> Setup:
+    standing = self._plans.standing
+    numbers = {r: i for i, r in enumerate(self._ranks)}
+    return Setup(
+      number=numbers[rank], numbers=numbers,
+      incarnations=dict(self._incarnations), coordinator=self._address,
+      n_devices=INCARNATIONS, host=HOST,
+      checkpoint=str(pathlib.Path(self._case.checkpoint).absolute()),
+      shape=self._plans.shape, store=self._folder, slots=slots,
+      host_weights=standing.host_weights,
+      mirrors=standing.checkpoint == "peer",
+      streams=standing.checkpoint != "none", probes=self._probes,
+    )  # fmt: skip
+
+  def _start_store(self) -> None:
+    if self._plans.standing.checkpoint != "host":
+      return
+    n_layers, _, _, heads, length, d = cache_shape(
+      self._plans.config, self._plans.shape.options
+    )
+    self._store = kv_store.start(
+      (n_layers, heads, length, d), self._plans.config.dtype,
+      self._crew.authkey,
+    )  # fmt: skip
+
+  def _make(self) -> ProcessBackend:
+    case, plans, crew = self._case, self._plans, self._crew
+    record = self._recorder.write
+    injector = Injector(case.faults)
+    if self._fresh.injector:
+      n = len(plans.view.status)
+      injector = Injector.from_json(self._fresh.injector, n)
+    copies = KVCopies(
+      plans.standing.checkpoint, crew, self._store, plans.shape.options.rows,
+      record,
+    )  # fmt: skip
+    crew.epoch = plans.view.epoch
+    return ProcessBackend(
+      plans.view, plans.standing, plans.shape, crew, copies, self._launch,
+      self._readiness, injector, self._signals, self._remember, record,
+      self._recorder.now_s,
+    )  # fmt: skip
+
+  def _remember(self, injector: Injector) -> None:
+    """No fault strikes again when this process is one of its victims."""
+    write_text(self._scratch / INJECTOR, injector.to_json())
+
+  def _launch(self, rank: int) -> int:
+    """A replacement process: another device of the same number.
+
+    Raises:
+      WorkerFailed: the rank has been replaced as often as it can be.
+    """
+    if rank not in self._ranks:
+      raise WorkerFailed(f"rank {rank} is not part of this engine")
+    self._incarnations[rank] += 1
+    incarnation = self._incarnations[rank]
+    if incarnation >= INCARNATIONS:
+      raise WorkerFailed(
+        f"rank {rank} has died {INCARNATIONS} times; an engine has devices "
+        f"for {INCARNATIONS} processes a rank"
+      )
+    empty = (-1,) * self._plans.view.slots_per_rank
+    self._crew.start(rank, incarnation, self._setup(rank, empty))
+    others = [r for r in self._crew.ranks() if self._crew.is_up(r)]
+    news = {"incarnations": {rank: incarnation}}
+    self._crew.tell(dict.fromkeys(others, news), "members")
+    return 0
+
+  def _note_stages(self) -> None:
+    """The slowest worker's stages."""
+    each: list[Mapping[str, float]] = []
+    for rank in self._ranks:
+      up = self._crew.mate(rank).up
+      assert up is not None
+      each.append(up.stages)
+      if not up.native_probe:
+        self._recorder.write(
+          "warning", text=f"rank {rank}: no C compiler; a Python thread "
+          "answers probes",
+        )  # fmt: skip
+    for stage in each[0]:
+      seconds = max(stages[stage] for stages in each)
+      self._recorder.write(
+        "engine", stage=f"worker {stage}", seconds=seconds,
+        generation=self._fresh.generation,
+      )  # fmt: skip
+
+  # -- what faults strike
+
+  def _pid(self, rank: int) -> int | None:
+    alive = self._crew.alive(rank)
+    return self._crew.mate(rank).process.pid if alive else None
+
+  def _store_pid(self) -> int | None:
+    return self._store.process.pid if self._store is not None else None
+
+  def _struck(self, fault: Fault) -> None:
+    assert self._backend is not None
+    self._backend.struck(fault)
+
+  def close(self) -> None:
+    """Ends whatever has been started."""
+    self._signals.close()
+    self._readiness.close()
+    if self._store is not None:
+      self._store.close()
+    self._crew.close()
+    self._crew.watch.close()
+
+
+def redundancy_bytes(plans: Plans, backend: ProcessBackend) -> int:
+  """Memory beyond the same instance's without recovery, of all processes.
+
+  As `assemble.redundancy_bytes`; the host's copy of the experts is counted
+  for each process, which stands for a host.
+  """
+  view, shape = plans.view, plans.shape
+  ups = [backend.crew.mate(r).up for r in backend.crew.ranks()]
+  present = [up for up in ups if up is not None]
+  spares = int((view.status == Status.SPARE).sum())
+  row = view.token_kv_bytes * shape.options.cache_len
+  n = len(present)
+  slots = n * view.slots_per_rank - view.n_experts
+  base_rows = plans.base_rows * len(view.launched)
+  total = slots * view.expert_bytes
+  total += (n * view.rows_per_rank - base_rows) * row
+  total += spares * (present[0].dense_bytes if present else 0)
+  total += sum(up.host_bytes for up in present)
+  if plans.standing.checkpoint != "none":
+    total += n * view.rows_per_rank * row
+  return max(total, 0)
+
+
+def _free_port() -> int:
+  """A port that nobody listens on; the service takes it at once."""
+  with socket.socket() as end:
+    end.bind((HOST, 0))
+    return int(end.getsockname()[1])

@@ -1,0 +1,88 @@
+"""What the supervisor and its workers say to each other.
+
+Each worker has two connections to the supervisor: `work`, read by its main
+thread, and `control`, read by a thread of its own, so that a collective which
+hangs can be aborted. Every message on `work` is a `Call`, answered (unless it
+is a one-way one) by a `Reply` that carries its number and epoch: an answer to
+an older call is refused.
+"""
+
+import dataclasses
+import pathlib
+import socket
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+from resilient_moe.mesh.programs import InstanceShape
+
+AUTHKEY = "RMOE_AUTHKEY"  # environment variable, in hex
+Member = tuple[int, int]  # (rank, incarnation): one process
+Address = tuple[str, int]
+
+
+class Call(NamedTuple):
+  """The supervisor asks; `op` is a method of `worker.Worker`."""
+
+  number: int
+  epoch: int
+  op: str
+  args: dict[str, Any]
+  one_way: bool = False
+
+
+class Reply(NamedTuple):
+  """A worker answers; `error`: why it couldn't."""
+
+  number: int
+  epoch: int
+  value: Any = None
+  error: str = ""
+
+
+class Hello(NamedTuple):
+  """The first message on a connection."""
+
+  rank: int
+  incarnation: int
+  kind: str  # work or control
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What a worker must know to hold its shard."""
+
+  number: int  # of the process in the job
+  numbers: dict[int, int]  # rank -> number of its process
+  incarnations: dict[int, int]
+  coordinator: str
+  n_devices: int  # virtual devices a process: its possible incarnations
+  host: str
+  checkpoint: str
+  shape: InstanceShape
+  store: pathlib.Path  # of executables
+  slots: tuple[int, ...]  # expert in each slot; -1: empty
+  host_weights: bool
+  mirrors: bool  # holds other ranks' KV checkpoints
+  streams: bool  # sends its own
+  probes: pathlib.Path  # folder of the probe library
+
+
+class Up(NamedTuple):
+  """A worker is ready to work."""
+
+  data: Address
+  probe_port: int
+  native_probe: bool
+  expert_bytes: int
+  dense_bytes: int
+  host_bytes: int
+  stages: dict[str, float]  # seconds
+
+
+def prompt(connection: Connection) -> Connection:
+  """Small messages leave at once (no Nagle): two may follow each other."""
+  with socket.socket(fileno=connection.fileno()) as end:
+    if end.family != getattr(socket, "AF_UNIX", None):
+      end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    end.detach()
+  return connection

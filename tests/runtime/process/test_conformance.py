@@ -1,0 +1,238 @@
+"""Every action, done by real processes, does what `advance` says.
+
+As `tests/runtime/test_conformance.py`, and beside it what only processes can
+do: wait for one that starts, and be killed in the middle of an action. Two
+engines, assembled in the test's own process, serve all of it.
+"""
+
+import contextlib
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+import pytest
+
+from resilient_moe import recovery as rm
+from resilient_moe.report import History
+from resilient_moe.report.history import of_kind
+from resilient_moe.runtime import assemble
+from resilient_moe.runtime.process import supervise
+from resilient_moe.runtime.process.backend import ProcessBackend
+from resilient_moe.runtime.process.data import DataClient
+from resilient_moe.runtime.weights import WeightTiers
+from tests.runtime.drive import Driver
+from tests.runtime.harness import Lab, make_requests
+from tests.runtime.process.harness import (
+  LIMIT_S,
+  Marked,
+  at_most,
+  kinds,
+  process_case,
+  seed_store,
+)
+from tests.runtime.test_conformance import Plan, expected, on
+from tests.runtime.watch import Watch
+
+pytestmark = pytest.mark.slow
+
+
+class Engine(Plan):
+  """A backend in the test's own process, driven action by action."""
+
+  def __init__(self, backend: ProcessBackend, history: History) -> None:
+    super().__init__(Driver(backend))
+    self.backend, self.history = backend, history
+
+  def settle(self) -> None:
+    """Until the checkpoints don't change behind what a test compares."""
+    before = None
+    while (now := self.backend.checkpoints()) != before:
+      assert self.backend.poll() == ()
+      time.sleep(0.05)
+      before = now
+
+  def until_ready(self, action: rm.Action) -> int:
+    """Serves until an action of a repair can be done; its steps."""
+    steps = 0
+    while not self.backend.ready_for(action):
+      assert self.backend.poll(repairing=True) == ()
+      steps += self.driver.step()
+      time.sleep(0.005)
+    return steps
+
+  def lost(self) -> list[tuple[int, ...]]:
+    """What the next poll that reports something reports."""
+    give_up = time.monotonic() + 30
+    while not (found := self.backend.poll(recovery_actions=0)):
+      assert time.monotonic() < give_up
+    return [f.ranks for f in found if isinstance(f, rm.RanksLost)]
+
+  def read_slot(self, rank: int, slot: int) -> list[np.ndarray]:
+    """Weights as another process would pull them."""
+    crew = self.backend.crew
+    up = crew.mate(rank).up
+    assert up is not None
+    client = DataClient(up.data, crew.authkey)
+    try:
+      return client.pull("slot", slot)
+    finally:
+      client.close()
+
+
+@contextlib.contextmanager
+def engine(
+  lab: Lab, folder: pathlib.Path, marked: Marked, checkpoint: str
+) -> Iterator[Engine]:
+  kwargs = {"checkpoint": checkpoint}
+  case = process_case(lab, "kv_restore", policy_kwargs=kwargs)
+  plans = assemble.plan_instance(case, assemble.Fresh())
+  seed_store(lab, case, folder / "executables")
+  history = History()
+  with at_most(LIMIT_S, marked):
+    backend = supervise.assemble(
+      case, plans, assemble.Fresh(), folder, history
+    )
+    try:
+      yield Engine(backend, history)
+    finally:
+      backend.close()
+
+
+def test_every_action_is_as_it_is_defined(
+  lab: Lab, tmp_path: pathlib.Path, marked: Marked,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+  watch = Watch(monkeypatch)
+  weights = WeightTiers(lab.checkpoint)
+  with engine(lab, tmp_path, marked, "host") as plan:
+    driver, backend = plan.driver, plan.backend
+    driver.accept(make_requests(n=8))
+    driver.step(10)
+    plan.settle()
+    for tier, expert, rank in (
+      (rm.Tier.PEER, 0, 2), (rm.Tier.HOST, 1, 3), (rm.Tier.DISK, 2, 0),
+    ):  # fmt: skip
+      slot = int((plan.view.slots[rank] < 0).argmax())
+      plan.copy(tier, expert, rank)
+      held = plan.read_slot(rank, slot)
+      for a, b in zip(held, jax.tree.leaves(weights.expert(expert)),
+                      strict=True):  # fmt: skip
+        np.testing.assert_array_equal(a, b, f"{tier}")
+    plan.do(rm.MaskExperts((5, 6)))
+    plan.serve_all()
+    driver.step(2)
+    plan.settle()
+    plan.do(rm.SwitchRole(3, rm.Role.EXPERT))
+    plan.do(rm.SwitchRole(3, rm.Role.COLLOCATED), rm.RebuildMesh((0, 1, 2)))
+    assert plan.do(rm.FetchExecutable(frozenset({3}))) == ["stored"]
+    assert plan.do(rm.FetchExecutable(frozenset({3}))) == ["warm"]
+    away = on(driver.state, 3)
+    assert len(away) == 2
+    plan.do(rm.RestoreKV(tuple(away[:1]), (0,), rm.Tier.PEER))
+    assert driver.state.sequences[away[0]].computed > 10
+    plan.do(rm.RecomputePrefix(tuple(away[1:]), (1,)))
+    moves = rm.assign(plan.view, rm.lost_experts(plan.view))
+    assert not isinstance(moves, str)
+    plan.do(*rm.copies_from(plan.view, moves))
+    plan.serve_all()
+    plan.do(rm.Fence((3,)))
+    driver.step(2)
+    plan.settle()
+    plan.do(rm.LaunchRank(3))
+    assert not backend.ready_for(rm.Rejoin(3)), "nobody waits for a start"
+    assert plan.until_ready(rm.Rejoin(3)) > 0
+    assert frozenset() in backend.view().ready, "made so behind traffic"
+    plan.settle()
+    plan.do(rm.Rejoin(3), rm.Verify())
+    queued, ended = on(driver.state, 0)[0], on(driver.state, 2)[0]
+    plan.settle()
+    plan.do(rm.RestoreKV((on(driver.state, 1)[0],), (3,), rm.Tier.HOST))
+    plan.do(rm.Requeue((queued,)), rm.FailRequests((ended,)))
+    assert watch.wrong == []
+    done = {a.__name__ for a in rm.ACTIONS} - {"RestartInstance"}
+    assert set(watch.seen) == done
+    while driver.step():
+      backend.poll()
+  for name, tokens in driver.tokens.items():
+    assert name == ended or tokens == expected(lab, name), name
+  (sums,) = of_kind(plan.history, "checkpoint")
+  assert sums["bytes_total"] > 0
+  assert marked.left() == []
+
+
+def close_up(plan: Engine, rank: int) -> None:
+  """What a policy would do about a lost rank, requests prefilled again."""
+  mesh = tuple(int(r) for r in plan.view.mesh if r != rank)
+  names = tuple(on(plan.driver.state, rank))
+  held = plan.view.slots[list(mesh)]
+  assert set(range(8)) <= set(held.flatten().tolist())
+  plan.do(rm.Fence((rank,)), rm.RebuildMesh(mesh))
+  plan.serve_all()
+  plan.do(rm.FetchExecutable(rm.absent(plan.view.launched, mesh)))
+  plan.do(rm.Requeue(names))
+
+
+def test_an_action_whose_rank_is_killed_is_abandoned(
+  lab: Lab, tmp_path: pathlib.Path, marked: Marked
+) -> None:
+  """It leaves nothing that is trusted, and what comes after it is exact."""
+  with engine(lab, tmp_path, marked, "peer") as plan:
+    driver, backend = plan.driver, plan.backend
+    backend.wait_ready()
+    driver.accept(make_requests(n=8))
+    driver.step(10)
+    plan.settle()
+
+    # Weights from a peer that is gone.
+    expert = int(plan.view.slots[3][0])
+    slot = int((plan.view.slots[0] < 0).argmax())
+    marked.kill("rank=3")
+    move = rm.Move(expert, 0, slot, 3)
+    assert_abandoned(plan, 3, rm.CopyExperts((move,), rm.Tier.PEER))
+    assert backend.view().slots[0, slot] == -1
+    close_up(plan, 3)
+    driver.step(3)
+
+    # A process that dies as it starts: nothing waits for it.
+    plan.do(rm.LaunchRank(3))
+    marked.kill("rank=3", "incarnation=1")
+    wait_for(lambda: not backend.crew.is_up(3) and not backend.crew.alive(3))
+    assert backend.ready_for(rm.Rejoin(3))
+    assert_abandoned(plan, 3, rm.Rejoin(3))
+    assert 3 not in backend.view().mesh
+    plan.do(rm.Fence((3,)))
+    driver.step(2)
+    plan.settle()
+
+    # KV from a peer that is gone, then a step of a mesh with it.
+    name = on(driver.state, 2)[0]
+    marked.kill("rank=2")
+    action = rm.RestoreKV((name,), (0,), rm.Tier.PEER)
+    assert_abandoned(plan, 2, action)
+    assert driver.state.sequences[name].computed == 0
+    close_up(plan, 2)
+    driver.step(2)
+    marked.kill("rank=1")
+    assert_abandoned(plan, 1, rm.Verify())
+    close_up(plan, 1)
+    assert backend.view().mesh.tolist() == [0]
+    while driver.step():
+      backend.poll()
+  for name, tokens in driver.tokens.items():
+    assert tokens == expected(lab, name), name
+  assert kinds(plan.history, "fault", "kind") == []
+
+
+def assert_abandoned(plan: Engine, rank: int, action: rm.Action) -> None:
+  (outcome,) = plan.do(action)
+  assert outcome.startswith("abandoned: "), outcome
+  assert plan.lost() == [(rank,)]
+
+
+def wait_for(there: Callable[[], bool]) -> None:
+  give_up = time.monotonic() + 30
+  while not there():
+    assert time.monotonic() < give_up
+    time.sleep(0.005)
