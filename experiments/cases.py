@@ -17,12 +17,15 @@ import resilient_moe
 from experiments.settings import BY_SCENARIO, NO_FAULTS, Settings
 from resilient_moe.faults import (
   PROCESS_KINDS,
+  SCENARIOS,
   Fault,
   parse_schedule,
   scenario,
 )
 from resilient_moe.recovery import load
 from resilient_moe.runtime.case import Case
+from resilient_moe.runtime.process.cluster import Cluster
+from resilient_moe.runtime.process.rules import Limits
 from resilient_moe.serving.request import Request
 from resilient_moe.serving.scheduler import refusal
 from resilient_moe.serving.workload import make_requests
@@ -69,14 +72,15 @@ def jobs(settings: Settings) -> list[Job]:
   options = _options(settings)
   model = _model(settings.checkpoint, folder)
   _check_policies(settings)
+  _check_workloads(settings)
+  _check_processes(settings)
   model_crc = zlib.crc32((folder / "manifest.json").read_bytes())
-  requests = {seed: _requests(settings, seed) for seed in settings.seeds}
-  for each in requests.values():
-    _check_fit(each, options, model)
   found = []
   for name, policies in _policies(settings).items():
     for seed in settings.seeds:
       faults = _faults(settings, name, seed)
+      requests = _requests(settings, name, seed)
+      _check_fit(requests, options, model)
       for policy in policies:
         case = Case(
           checkpoint=str(folder),
@@ -88,10 +92,11 @@ def jobs(settings: Settings) -> list[Job]:
           deployment=settings.deployment,
           ranks=settings.ranks,
           options=settings.options,
-          requests=requests[seed],
+          requests=requests,
           faults=() if policy == TWIN else faults,
           wait_ready=settings.wait_ready,
           detector=settings.detector,
+          cluster=settings.cluster,
         )
         found.append(Job(case, _record(case, f"{model_crc:08x}")))
   return _chosen(settings, found) if settings.only else found
@@ -151,9 +156,13 @@ def _options(settings: Settings) -> "StepOptions":
     raise ValueError(f"config.options: {error}") from error
 
 
-def _requests(settings: Settings, seed: int) -> tuple[Request, ...]:
+def _requests(
+  settings: Settings, name: str, seed: int
+) -> tuple[Request, ...]:
+  """The requests of a scenario."""
+  workload = {**settings.workload, **settings.workloads.get(name, {})}
   try:
-    requests = make_requests(**{**settings.workload, "seed": seed})
+    requests = make_requests(**{**workload, "seed": seed})
   except (TypeError, ValueError) as error:
     choices = ", ".join(inspect.signature(make_requests).parameters)
     raise ValueError(
@@ -183,6 +192,31 @@ def _kwargs(settings: Settings, policy: str) -> Mapping[str, Any]:
   return given.get(policy, given.get(policy.partition("+")[0], {}))
 
 
+def _check_workloads(settings: Settings) -> None:
+  for name in settings.workloads:
+    if name not in SCENARIOS:
+      raise ValueError(
+        f"config.workloads.{name}: unknown scenario; choices: "
+        f"{', '.join(SCENARIOS)}"
+      )
+
+
+def _check_processes(settings: Settings) -> None:
+  """What the process runtime is told about its workers."""
+  for key, kind in (("detector", Limits), ("cluster", Cluster)):
+    given = getattr(settings, key)
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in given:
+      if name not in known:
+        raise ValueError(
+          f"config.{key}.{name}: unknown key; choices: {', '.join(known)}"
+        )
+    try:
+      kind(**given)
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"config.{key}: {error}") from error
+
+
 def _check_policies(settings: Settings) -> None:
   """Every policy can be made, those that only have arguments too."""
   for name in dict.fromkeys((*settings.policies, *settings.policy_kwargs)):
@@ -207,6 +241,8 @@ def _policies(settings: Settings) -> dict[str, tuple[str, ...]]:
   if settings.shared_twin:
     rest = tuple(policy for policy in everybody if policy != TWIN)
     found = {TWIN: (TWIN,)} | dict.fromkeys(asked, rest)
+    # Other requests, another twin.
+    found |= {name: everybody for name in settings.workloads if name in asked}
     if TWIN in asked:
       found[TWIN] = everybody
   for pair in settings.leave_out:

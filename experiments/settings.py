@@ -26,6 +26,7 @@ class Settings:
     checkpoint: folder of the model, or the name of one that ships.
     workload: arguments of `serving.workload.make_requests`; a seed's requests
       are drawn with that seed.
+    workloads: by scenario, what is different in its workload.
     policies: names, dotted paths, or "a+b": b takes over where a can't. The
       fault-free twin `none` is always run, and first.
     scenarios: names of `faults.SCENARIOS`.
@@ -43,6 +44,8 @@ class Settings:
     wait_ready: traffic waits until they are.
     detector: fields of `runtime.process.rules.Limits` (probe_interval_s,
       misses, stuck_s, ...), for the process runtime.
+    cluster: fields of `runtime.process.cluster.Cluster` (listen, spawn,
+      platform), for the process runtime.
     slo: objectives that goodput is counted against.
     shared_twin: the fault-free twin is run once a seed, as the scenario
       `none`, and not once a scenario and seed.
@@ -55,6 +58,9 @@ class Settings:
   policies: tuple[str, ...]
   scenarios: tuple[str, ...]
   seeds: tuple[int, ...] = (0,)
+  workloads: dict[str, dict[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
   runtime: str = "emulated"
   deployment: str = "collocated"
   ranks: int = 8
@@ -68,6 +74,7 @@ class Settings:
   fault_after_ready: bool = False
   wait_ready: bool = True
   detector: dict[str, Any] = dataclasses.field(default_factory=dict)
+  cluster: dict[str, Any] = dataclasses.field(default_factory=dict)
   slo: dict[str, float] = dataclasses.field(default_factory=dict)
   shared_twin: bool = False
   leave_out: tuple[str, ...] = ()
@@ -218,6 +225,14 @@ def _policy_kwargs(key: str, value: Any) -> dict[str, dict[str, Any]]:
   return {policy: _table(key, kwargs) for policy, kwargs in found.items()}
 
 
+def _workloads(key: str, value: Any) -> dict[str, dict[str, Any]]:
+  """By scenario, keyword arguments."""
+  return {
+    name: _table(f"{key}.{name}", changes)
+    for name, changes in _table(key, value).items()
+  }
+
+
 def _leaves(
   value: Mapping[str, Any], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, Any]]:
@@ -231,6 +246,7 @@ def _leaves(
 
 _READERS: dict[str, Callable[[str, Any], Any]] = {
   "checkpoint": _text,
+  "cluster": _table,
   "deployment": _text,
   "detector": _table,
   "fault_after_ready": _truth,
@@ -250,4 +266,5 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
   "slo": _slo,
   "wait_ready": _truth,
   "workload": _table,
+  "workloads": _workloads,
 }

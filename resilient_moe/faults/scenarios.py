@@ -15,7 +15,7 @@ GAP_STEPS = 10  # between losses that come one after another
 WINDOW_STEPS = 40  # in which a random fault strikes
 WARNING_S = 1.0  # of a maintenance
 SLOWDOWN = 4.0  # of a straggler
-KILLS = 5  # of the scenario that does not stop
+KILLS, MANY_KILLS = 5, 20  # of the scenarios that do not stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +180,17 @@ def killed_again_and_again(setting: Setting) -> Schedule:
 
   The same rank may be drawn twice: its replacement is lost then.
   """
+  return _one_by_one(setting, KILLS)
+
+
+def killed_twenty_times(setting: Setting) -> Schedule:
+  """As `killed_again_and_again`, for as long as a run can be wished to last."""
+  return _one_by_one(setting, MANY_KILLS)
+
+
+def _one_by_one(setting: Setting, kills: int) -> Schedule:
   rng = random.Random(f"scenario/again/{setting.seed}")
-  ranks = [setting.rank, *rng.choices(range(setting.ranks), k=KILLS - 1)]
+  ranks = [setting.rank, *rng.choices(range(setting.ranks), k=kills - 1)]
   return tuple(
     Fault(
       "rank_lost",
@@ -221,6 +230,11 @@ SCENARIOS: dict[str, Scenario] = {
   # Needs replacements, so a policy that asks for them.
   "killed_again_and_again": Scenario(
     killed_again_and_again,
+    frozenset({"several", "repeated", "random", "replaced"}),
+    2,
+  ),
+  "killed_twenty_times": Scenario(
+    killed_twenty_times,
     frozenset({"several", "repeated", "random", "replaced"}),
     2,
   ),

@@ -76,6 +76,14 @@ def _phase_metrics(found: Samples, runtime: str) -> dict[str, Number]:
   }
 
 
+def _alarm_metrics(events: list[Event], runtime: str) -> dict[str, Number]:
+  """What only a detector can get wrong."""
+  measured = runtime not in NO_DETECTION
+  return {
+      "false_alarms": phases_lib.false_alarms(events) if measured else None
+  }
+
+
 def _prepare_metrics(events: list[Event]) -> dict[str, Number]:
   """What the policy kept standing when the first fault came."""
   prepares = of_kind(stalls_lib.before_faults(events), "prepare")
@@ -165,6 +173,7 @@ def measure(
   found = samples(events, twin, horizon_s)
   return {
       **_phase_metrics(found, run["runtime"]),
+      **_alarm_metrics(events, run["runtime"]),
       **_prepare_metrics(events),
       **_stall_metrics(found),
       **latency.percentiles("ttft", found.ttft_s),

@@ -100,6 +100,25 @@ def recovery_phases(events: list[Event]) -> list[Phases]:
   return found
 
 
+def false_alarms(events: list[Event]) -> int:
+  """Failures that no fault of the injector explains.
+
+  Whoever kills a process by hand counts as one: the history can't know.
+  """
+  faults = of_kind(events, "fault")
+  known = [_failure_of(events, fault) for fault in faults]
+  found = 0
+  for failure in of_kind(events, "failure"):
+    if any(failure is each for each in known):
+      continue
+    # Several faults may be reported as one failure, or one as several.
+    named = set(failure["ranks"])
+    before = [f for f in faults if f["t"] <= failure["t"]]
+    if not any(named & set(f["ranks"]) or not f["ranks"] for f in before):
+      found += 1
+  return found
+
+
 def recovery_time_s(events: list[Event]) -> float | None:
   """From a fault until all its affected answers go on; the longest.
 

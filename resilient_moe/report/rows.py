@@ -18,6 +18,7 @@ BASELINE = "restart_cached"
 # The numeric columns, in the order of the table.
 METRICS = (
     "detect_s",
+    "false_alarms",
     "plan_s",
     "resume_s",
     "redundancy_s",

@@ -34,6 +34,8 @@ class Case:
   wait_ready: bool = True  # hold traffic until the ready meshes are ready
   detector: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # fields of `process.rules.Limits`
+  cluster: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  # fields of `process.cluster.Cluster`
 
   def __post_init__(self) -> None:
     for name, choices in (("runtime", RUNTIMES), ("deployment", DEPLOYMENTS)):

@@ -95,7 +95,8 @@ class EmulatedBackend(Instance):
   def poll(
     self, recovery_actions: int | None = None, repairing: bool = False
   ) -> tuple[Failure, ...]:
-    self._repairing = repairing
+    if recovery_actions is None:
+      self._repairing = repairing
     if recovery_actions is not None:
       self._moment = dataclasses.replace(
         self._moment, t_s=self._now_s(), in_prefill=False,
@@ -106,6 +107,7 @@ class EmulatedBackend(Instance):
       self.make_ready()
       self._rebase_one()
     failures, self._pending = tuple(self._pending), []
+    self._repairing |= bool(failures)
     return failures
 
   def checkpoints(self) -> Mapping[str, tuple[int, int]]:

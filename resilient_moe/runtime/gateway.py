@@ -32,6 +32,7 @@ from resilient_moe.runtime.journal import (
   Progress,
   read_journal,
 )
+from resilient_moe.runtime.parent import as_parent
 from resilient_moe.serving.request import Request
 from resilient_moe.serving.scheduler import refusal
 
@@ -218,7 +219,7 @@ class Gateway:
       self._engine = subprocess.Popen(
         [sys.executable, "-m", "resilient_moe.runtime.engine", str(fd)],
         pass_fds=[fd], stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
-        env={**os.environ, **_environment(self._case)},
+        env={**os.environ, **as_parent(), **_environment(self._case)},
         start_new_session=True,  # so that `_kill` reaches its helpers
       )  # fmt: skip
     theirs.close()
@@ -370,4 +371,5 @@ def case_to_json(case: Case) -> Message:
   return {
     **fields, "faults": faults, "n_ranks": n_ranks, "options": options,
     "policy_kwargs": kwargs, "detector": dict(case.detector),
+    "cluster": dict(case.cluster),
   }  # fmt: skip

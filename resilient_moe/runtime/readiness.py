@@ -12,9 +12,9 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable
 
-from resilient_moe.mesh import ahead
 from resilient_moe.mesh.executables import Executables, write_shape
 from resilient_moe.recovery import mesh_named
+from resilient_moe.runtime import ahead
 
 COMPILED_POLL_S = 0.005  # between two looks at the store
 Name = frozenset[int]

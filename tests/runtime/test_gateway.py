@@ -140,7 +140,7 @@ def test_an_engine_that_is_killed_fails_the_run_by_name(
 
   with pytest.raises(RunFailed, match="policy 'mesh_shrink' ended with.* -9"):
     gateway.run_case(tiny(lab, "mesh_shrink"), tmp_path, progress)
-  assert any("resilient_moe.mesh.ahead" in line for line in alive)
+  assert any("resilient_moe.runtime.ahead" in line for line in alive)
   give_up = time.monotonic() + 3  # the dying takes a moment
   while left_behind(tmp_path) and time.monotonic() < give_up:
     time.sleep(0.05)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from resilient_moe.faults import scenario
-from resilient_moe.mesh import ahead
 from resilient_moe.report.history import of_kind
+from resilient_moe.runtime import ahead
 from resilient_moe.runtime.assemble import Fresh, plan_instance
 from tests.runtime.drive import Driver
 from tests.runtime.harness import (

@@ -48,7 +48,6 @@ from resilient_moe.serving.scheduler import StepBatch
 IN_RECOVERY_S = 0.005  # a fault in a recovery strikes within its next action
 FIRST_STEP_S = 0.02  # what a step is taken to last before one was measured
 REST = 2.0  # serving between two bites of readiness, in bites
-LATE_S = 0.05  # a death may be noticed this long after what it made fail
 
 
 class ProcessBackend(Instance):
@@ -150,7 +149,8 @@ class ProcessBackend(Instance):
   def poll(
     self, recovery_actions: int | None = None, repairing: bool = False
   ) -> tuple[Failure, ...]:
-    self._repairing = repairing
+    if recovery_actions is None:
+      self._repairing = repairing
     self.crew.look()
     if recovery_actions is not None:
       self._moment = dataclasses.replace(
@@ -162,6 +162,8 @@ class ProcessBackend(Instance):
     if recovery_actions is None and not self._pending:
       self._in_peace()
     failures, self._pending = tuple(self._pending), []
+    # A recovery begins: until a poll says otherwise, something is repaired.
+    self._repairing |= bool(failures)
     return failures
 
   def _take_lost(self) -> None:
@@ -265,6 +267,7 @@ class ProcessBackend(Instance):
 
   def drop(self, ranks: Iterable[int]) -> None:
     for rank in ranks:
+      self._awaited.discard(rank)
       if self.crew.alive(rank):
         self.crew.fence(rank)
         self.readiness.drop_rank(rank)
@@ -315,8 +318,9 @@ class ProcessBackend(Instance):
     try:
       return self.crew.call(calls, op).good()
     except WorkerFailed:
-      time.sleep(LATE_S)
-      self.crew.look()
+      # Whoever it read from may be dead, or stuck: then it doesn't answer.
+      up = [r for r in self.crew.ranks() if self.crew.is_up(r)]
+      self.crew.call({r: {} for r in up}, "done")
       self._take_lost()
       for failure in self._pending:
         if isinstance(failure, RanksLost):

@@ -14,22 +14,25 @@ import secrets
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing import connection as mp
 from typing import Any
 
+from resilient_moe.runtime.parent import as_parent
+from resilient_moe.runtime.process.cluster import Cluster
+from resilient_moe.runtime.process.door import Door
 from resilient_moe.runtime.process.watch import Watch
 from resilient_moe.runtime.process.wire import (
+  ANY,
   AUTHKEY,
+  Abort,
   Call,
-  Hello,
   Member,
   Reply,
   Setup,
+  Strike,
   Up,
-  prompt,
 )
 from resilient_moe.serving.recover import Record
 
@@ -79,7 +82,7 @@ class Mate:
 
   rank: int
   incarnation: int
-  process: subprocess.Popen
+  process: subprocess.Popen | None  # None: somebody else started it
   work: mp.Connection | None = None
   control: mp.Connection | None = None
   up: Up | None = None
@@ -93,38 +96,44 @@ class Crew:
   """All workers of one engine."""
 
   def __init__(
-    self, host: str, record: Record, watch: Watch,
+    self, cluster: Cluster, record: Record, watch: Watch,
     before_wait: Callable[[], None],
   ) -> None:  # fmt: skip
     """`before_wait` is called every few milliseconds while a call waits."""
-    self.authkey = secrets.token_bytes(32)
+    given = os.environ.get(AUTHKEY)  # workers of other hosts must have it
+    self.authkey = bytes.fromhex(given) if given else secrets.token_bytes(32)
+    self._cluster = cluster
     self.watch = watch
     self.epoch = 0
     self._record = record
     self._before_wait = before_wait
-    self._listener = mp.Listener((host, 0), authkey=self.authkey, backlog=64)
+    self._door = Door((cluster.host, cluster.port), self.authkey)
     self._mates: dict[int, Mate] = {}
     self._setups: dict[int, Setup] = {}
     self._fenced: list[tuple[float, Mate]] = []  # killed at that time
     self._lost: list[int] = []  # noticed, not taken yet
-    self._arrived: list[tuple[Hello, mp.Connection]] = []
     self._number = 0
-    self._closing = False
-    threading.Thread(target=self._accept, daemon=True).start()
 
   # -- who is there
 
   def start(self, rank: int, incarnation: int, setup: Setup) -> None:
-    """Starts a process; `is_up` says when it can be called."""
-    host, port = self._listener.address
-    process = subprocess.Popen(
+    """Starts a process, or expects one; `is_up`: it can be called."""
+    process = self._spawn(rank, incarnation) if self._cluster.spawn else None
+    self._mates[rank] = Mate(rank, incarnation, process)
+    self._setups[rank] = setup
+    others = [r for r, m in self._mates.items() if m.up is not None]
+    news = {"incarnations": {rank: incarnation}}
+    self.tell(dict.fromkeys(others, news), "members")
+
+  def _spawn(self, rank: int, incarnation: int) -> subprocess.Popen:
+    host, port = self._door.address
+    return subprocess.Popen(
       [sys.executable, "-m", "resilient_moe.runtime.process.worker",
        f"rank={rank}", f"incarnation={incarnation}", f"{host}:{port}"],
       stdin=subprocess.DEVNULL,
-      env={**os.environ, AUTHKEY: self.authkey.hex(), "JAX_PLATFORMS": "cpu"},
+      env={**os.environ, **as_parent(), AUTHKEY: self.authkey.hex(),
+           **self._cluster.environment()},
     )  # fmt: skip
-    self._mates[rank] = Mate(rank, incarnation, process)
-    self._setups[rank] = setup
 
   def mate(self, rank: int) -> Mate:
     return self._mates[rank]
@@ -148,39 +157,15 @@ class Crew:
       return False
     if mate.up is None and mate.work is not None and mate.work.poll():
       self._hear_first(mate)
-    if mate.up is None and mate.process.poll() is not None:
+    if mate.up is None and mate.process and mate.process.poll() is not None:
       self._bury(mate)
-    return rank in self._mates and mate.up is not None
-
-  def wait_up(self, ranks: Iterable[int]) -> None:
-    """Blocks until all are up.
-
-    Raises:
-      WorkerFailed: one of them could not start, or not in time.
-    """
-    deadline = time.monotonic() + START_S
-    for rank in ranks:
-      while not self.is_up(rank):
-        if rank not in self._mates or time.monotonic() > deadline:
-          raise WorkerFailed(f"the worker of rank {rank} did not start")
-        time.sleep(TICK_S)
-
-  def _accept(self) -> None:
-    """A thread: takes connections, so that nobody waits for a handshake."""
-    while not self._closing:
-      try:
-        connection = prompt(self._listener.accept())
-        hello = connection.recv()
-      except (OSError, EOFError, mp.AuthenticationError):  # type: ignore[attr-defined]
-        continue  # somebody else, or a worker that died at the door
-      if isinstance(hello, Hello):
-        self._arrived.append((hello, connection))
+    present = rank in self._mates and mate.up is not None
+    return present and mate.control is not None
 
   def _greet(self) -> None:
-    while self._arrived:
-      hello, connection = self._arrived.pop(0)
+    for hello, connection in self._door.arrivals():
       mate = self._mates.get(hello.rank)
-      if mate is None or mate.incarnation != hello.incarnation:
+      if mate is None or hello.incarnation not in (mate.incarnation, ANY):
         connection.close()
         continue
       if hello.kind == "control":
@@ -200,6 +185,9 @@ class Crew:
       raise WorkerFailed(reply.error)
     mate.up = reply.value
     assert mate.up is not None
+    # Others may have been replaced while it started.
+    now = {r: m.incarnation for r, m in self._mates.items()}
+    self.tell({mate.rank: {"incarnations": now}}, "members")
     self.watch.add(mate.rank, mate.up)
 
   # -- calls
@@ -330,7 +318,7 @@ class Crew:
     for other in self._mates.values():
       if other.control is not None:
         with contextlib.suppress(OSError):
-          other.control.send((mate.member,))
+          other.control.send(Abort((mate.member,)))
 
   def _give_up(self, ranks: tuple[int, ...], waiting: set[int]) -> None:
     """Fences workers that live and don't answer; they are killed later."""
@@ -341,6 +329,15 @@ class Crew:
         )
         self._lost.append(rank)
         self.fence(rank)
+
+  def strike(self, rank: int, number: signal.Signals) -> None:
+    """A fault: a worker, wherever it is, sends itself a signal."""
+    mate = self._mates.get(rank)
+    if mate is None:
+      return
+    if mate.control is not None:
+      with contextlib.suppress(OSError):
+        mate.control.send(Strike(number))
 
   def fence(self, rank: int) -> None:
     """Nothing that a worker still says counts; it is killed after a grace."""
@@ -368,16 +365,17 @@ class Crew:
 
   def close(self) -> None:
     """Ends every process."""
-    self._closing = True
-    self._listener.close()
+    self._door.close()
     for mate in [*self._mates.values(), *(m for _, m in self._fenced)]:
       _kill(mate)
 
 
 def _kill(mate: Mate) -> None:
-  with contextlib.suppress(ProcessLookupError):
-    os.kill(mate.process.pid, signal.SIGKILL)
-  mate.process.wait()
+  """A process of another host ends with its connections."""
+  if mate.process is not None:
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(mate.process.pid, signal.SIGKILL)
+    mate.process.wait()
   for end in (mate.work, mate.control):
     if end is not None:
       end.close()

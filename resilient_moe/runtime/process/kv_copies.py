@@ -151,6 +151,8 @@ class KVCopies:
     if self.mode == "peer":
       ranks = [r for r in self._crew.ranks() if self._crew.is_up(r)]
       answers = self._crew.call({r: {"ended": ended} for r in ranks}, "records")
+      for rank, error in answers.errors.items():
+        self._warn(f"rank {rank} can't say what it mirrors: {error}")
       return answers.values
     assert self._client is not None
     try:

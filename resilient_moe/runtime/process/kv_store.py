@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from resilient_moe.runtime.parent import as_parent, die_with_parent
 from resilient_moe.runtime.process.data import Address, DataServer
 from resilient_moe.runtime.process.mirror import KVMirror
 
@@ -59,7 +60,7 @@ def start(
       [sys.executable, "-m", MODULE, f"--fd={fd}", f"--shape={sizes}",
        f"--dtype={dtype}"],
       pass_fds=[fd], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-      env={**os.environ, AUTHKEY: authkey.hex()},
+      env={**os.environ, **as_parent(), AUTHKEY: authkey.hex()},
       start_new_session=True,  # Ctrl-C is for the parent, which ends it
     )  # fmt: skip
   try:
@@ -95,6 +96,7 @@ def _kill(process: subprocess.Popen) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Serves until the other end of `fd` is gone."""
+  die_with_parent()
   parser = argparse.ArgumentParser(description="Mirrors KV until `fd` ends.")
   parser.add_argument("--fd", type=int, required=True)
   parser.add_argument("--shape", required=True, help="L,2K,T,d")

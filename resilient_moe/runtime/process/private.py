@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 from jax._src import distributed
+from jax._src.clusters import ClusterEnv
 from jax._src.lib import _jax  # type: ignore[attr-defined]
 
 # The service must not decide who is dead: the supervisor's detector does.
@@ -35,16 +36,24 @@ def host_service(address: str, n_workers: int) -> Any:
   )  # fmt: skip
 
 
-def configure(n_devices: int, host: str) -> None:
-  """JAX's settings of a worker on CPU; before anything else asks JAX."""
+def configure(n_devices: int, host: str, platform: str) -> None:
+  """JAX's settings of a worker; before anything else asks JAX.
+
+  Args:
+    n_devices: virtual devices, on CPU.
+    host: this process's address, which gloo listens on.
+    platform: cpu, cuda or tpu.
+  """
   for name, value in {
-    "jax_num_cpu_devices": n_devices,
     "jax_enable_recoverability": True,
-    "jax_cpu_collectives_implementation": "gloo",
     "jax_enable_preemption_service": False,  # it swallows SIGTERM
     "jax_enable_compilation_cache": False,  # executables belong to one run
   }.items():
     jax.config.update(name, value)
+  if platform != "cpu":
+    return
+  jax.config.update("jax_num_cpu_devices", n_devices)
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
   make = _jax.make_gloo_tcp_collectives
   # By itself gloo listens on whatever the host's name resolves to.
   _jax.make_gloo_tcp_collectives = functools.partial(make, hostname=host)
@@ -62,6 +71,19 @@ def join(address: str, n_workers: int, number: int, again: bool) -> None:
     client.key_value_delete("cpu:global_topology/cpu")
 
 
+def cluster_rank() -> int:
+  """This process's number, as JAX's own cluster detection finds it.
+
+  Raises:
+    ValueError: no cluster that JAX knows (SLURM, Kubernetes, MPI, TPU pods).
+  """
+  for kind in ClusterEnv._cluster_types:
+    if kind.is_env_present():
+      return int(kind.get_process_id())
+  known = ", ".join(kind.__name__ for kind in ClusterEnv._cluster_types)
+  raise ValueError(f"rank=auto: none of these clusters is here: {known}")
+
+
 def local_devices(number: int) -> list[jax.Device]:
   """The virtual devices of a worker, first incarnation first."""
   return [d for d in jax.devices() if d.process_index == number]
@@ -76,7 +98,7 @@ class Connections:
   """
 
   def __init__(self) -> None:
-    self._of: dict[tuple, tuple[int, ...]] = {}
+    self._of: dict[tuple, dict[int, str]] = {}
     self._making: tuple[tuple, dict[int, str]] | None = None
     self._gone: set = set()
     self._lock = threading.Lock()
@@ -87,18 +109,20 @@ class Connections:
     Raises:
       ConnectionAbortedError: a member is gone; nobody would answer.
     """
-    if gone := self._gone.intersection(mesh):
-      raise ConnectionAbortedError(f"member(s) {sorted(gone)} are gone")
-    if mesh in self._of:
-      return run()
-    before = _sockets()
+    before = _sockets() if mesh not in self._of else {}
     with self._lock:
-      self._making = (mesh, before)
+      if gone := self._gone.intersection(mesh):
+        raise ConnectionAbortedError(f"member(s) {sorted(gone)} are gone")
+      known = mesh in self._of
+      self._making = None if known else (mesh, before)
+    if known:
+      return run()
     try:
       return run()
     finally:
       with self._lock:
-        self._of[mesh] = _appeared(before)
+        if not self._gone.intersection(mesh):
+          self._of[mesh] = _appeared(before)
         self._making = None
 
   def abort(self, gone: Iterable) -> None:
@@ -106,13 +130,13 @@ class Connections:
     with self._lock:
       self._gone.update(gone)
       dead = [m for m in self._of if self._gone.intersection(m)]
-      # Forgotten at once: the numbers may be those of other sockets later.
-      found = [fd for mesh in dead for fd in self._of.pop(mesh)]
+      found = [item for mesh in dead for item in self._of.pop(mesh).items()]
       if self._making and self._gone.intersection(self._making[0]):
-        found += _appeared(self._making[1])
-    libc = ctypes.CDLL(None)
-    for fd in found:
-      libc.shutdown(fd, 2)  # an error means that it is shut already
+        found += _appeared(self._making[1]).items()
+    libc, now = ctypes.CDLL(None), _sockets()
+    for fd, name in found:
+      if now.get(fd) == name:  # else the number is another socket's by now
+        libc.shutdown(fd, 2)
 
   def count(self) -> int:
     """Open connections of all meshes."""
@@ -120,8 +144,8 @@ class Connections:
       return sum(len(fds) for fds in self._of.values())
 
 
-def _appeared(before: dict[int, str]) -> tuple[int, ...]:
-  return tuple(fd for fd, s in _sockets().items() if before.get(fd) != s)
+def _appeared(before: dict[int, str]) -> dict[int, str]:
+  return {fd: s for fd, s in _sockets().items() if before.get(fd) != s}
 
 
 def _sockets() -> dict[int, str]:

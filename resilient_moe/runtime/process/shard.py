@@ -29,11 +29,15 @@ DRAIN_S = 5.0  # at most, for what a dead rank had sent to be read
 class Shard:
   """The store of one rank, its mirror of others, and its own stream."""
 
-  def __init__(self, rank: int, setup: Setup, authkey: bytes) -> None:
+  def __init__(
+    self, rank: int, setup: Setup, authkey: bytes, host: str
+  ) -> None:
+    """`host`: the address under which others reach this process."""
     self._rank, self._setup, self._authkey = rank, setup, authkey
     self._incarnations = dict(setup.incarnations)
     stages = _Stages()
-    private.configure(setup.n_devices, setup.host)
+    self._host = host
+    private.configure(setup.n_devices, host, setup.platform)
     again = setup.incarnations[rank] > 0
     private.join(
       setup.coordinator, len(setup.numbers), setup.number, again
@@ -51,7 +55,7 @@ class Shard:
     self._build()
     stages.done("placing")
     self._serve_data()
-    responder = Responder.start(setup.host, setup.probes)
+    responder = Responder.start(host, setup.probes)
     if not setup.host_weights:
       self.weights.drop_host_copy()
     self.up = Up(
@@ -78,7 +82,9 @@ class Shard:
     self.store.warm_rank_programs()
 
   def _device(self, rank: int) -> jax.Device:
-    return self._locals[rank][self._incarnations[rank]]
+    mine = self._locals[rank]
+    # Only virtual devices are as many as the processes that a rank can be.
+    return mine[min(self._incarnations[rank], len(mine) - 1)]
 
   def _serve_data(self) -> None:
     setup = self._setup
@@ -91,7 +97,7 @@ class Shard:
         (n_layers, heads, length, d), setup.shape.config.dtype
       )
     self._server = DataServer(
-      setup.host, self._authkey, self._mirror,
+      self._host, self._authkey, self._mirror,
       {"slot": self._read_slot, "row": self._read_row},
     )  # fmt: skip
     self._stream: KVStream | None = None

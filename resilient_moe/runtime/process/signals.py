@@ -22,11 +22,16 @@ class Signals:
     pid_of: Callable[[int], int | None],
     store_pid: Callable[[], int | None],
     struck: Callable[[Fault], None],
+    elsewhere: Callable[[int, signal.Signals], None] | None = None,
   ) -> None:
-    """`struck` is told right before a fault happens."""
+    """`struck` is told right before a fault happens.
+
+    `elsewhere` reaches ranks that have no process on this host.
+    """
     self._random = random.Random(f"strike/{seed}")
     self._pid_of, self._store_pid = pid_of, store_pid
     self._struck = struck
+    self._elsewhere = elsewhere
     self._armed: list[tuple[float, Callable[[], object]]] = []
     self._slowed: list[_Slowed] = []
 
@@ -54,9 +59,9 @@ class Signals:
     pids = [p for r in fault.ranks if (p := self._pid_of(r)) is not None]
     self._struck(fault)
     if fault.kind == "rank_lost":
-      _send(pids, signal.SIGKILL)
+      self._hit(fault, pids, signal.SIGKILL)
     elif fault.kind == "rank_stuck":
-      _send(pids, signal.SIGSTOP)
+      self._hit(fault, pids, signal.SIGSTOP)
       if fault.resume_s is not None:
         again = time.monotonic() + fault.resume_s
         self._armed.append((again, lambda: _send(pids, signal.SIGCONT)))
@@ -68,6 +73,15 @@ class Signals:
       _send([store] if store is not None else [], signal.SIGKILL)
     elif fault.kind == "supervisor_lost":
       os.kill(os.getpid(), signal.SIGKILL)
+
+
+  def _hit(
+    self, fault: Fault, pids: list[int], number: signal.Signals
+  ) -> None:
+    _send(pids, number)
+    for rank in fault.ranks:
+      if self._elsewhere is not None and self._pid_of(rank) is None:
+        self._elsewhere(rank, number)
 
 
 class _Slowed:

@@ -1,6 +1,7 @@
 """Starts an engine of processes: the service, the workers, the store."""
 
 import pathlib
+import signal
 import socket
 import time
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ from resilient_moe.runtime.execute import canary
 from resilient_moe.runtime.journal import INJECTOR
 from resilient_moe.runtime.process import kv_store, private
 from resilient_moe.runtime.process.backend import ProcessBackend
-from resilient_moe.runtime.process.crew import Crew, WorkerFailed
+from resilient_moe.runtime.process.cluster import Cluster
+from resilient_moe.runtime.process.crew import START_S, Crew, WorkerFailed
 from resilient_moe.runtime.process.kv_copies import KVCopies
 from resilient_moe.runtime.process.rules import Limits
 from resilient_moe.runtime.process.signals import Signals
@@ -32,7 +34,6 @@ from resilient_moe.runtime.process.watch import Watch
 from resilient_moe.runtime.process.wire import Setup
 from resilient_moe.runtime.readiness import Readiness
 
-HOST = "127.0.0.1"
 INCARNATIONS = 32  # processes that one rank can be, one after the other
 
 
@@ -67,15 +68,19 @@ class _Start:
       executables, folder, len(plans.view.status), recorder.write
     )
     self._readiness.compile(self._sizes())
-    self._address = f"{HOST}:{_free_port()}"
+    self._cluster = Cluster(**case.cluster)
+    host = self._cluster.host
+    self._address = f"{host}:{_free_port(host)}"
     self._service = private.host_service(self._address, len(self._ranks))
     self._probes = scratch / "probes"
     limits = Limits(**case.detector)
-    watch = Watch(limits, HOST, self._probes)
+    watch = Watch(limits, self._probes)
     self._signals = Signals(
-      case.seed, self._pid, self._store_pid, self._struck
+      case.seed, self._pid, self._store_pid, self._struck, self._elsewhere
     )
-    self._crew = Crew(HOST, recorder.write, watch, self._signals.due)
+    self._crew = Crew(
+      self._cluster, recorder.write, watch, self._signals.due
+    )
     self._store: kv_store.StoreProcess | None = None
     self._backend: ProcessBackend | None = None
 
@@ -85,8 +90,11 @@ class _Start:
       slots = tuple(self._plans.view.slots[rank].tolist())
       self._crew.start(rank, 0, self._setup(rank, slots))
     self._start_store()
+    deadline = time.monotonic() + START_S
     while not all(map(self._crew.is_up, self._ranks)):
       self._check()
+      if self._cluster.spawn and time.monotonic() > deadline:
+        raise WorkerFailed(f"not all workers were up after {START_S:.0f} s")
       time.sleep(0.01)
     stage.done("workers")
     self._note_stages()
@@ -128,7 +136,7 @@ class _Start:
     return Setup(
       number=numbers[rank], numbers=numbers,
       incarnations=dict(self._incarnations), coordinator=self._address,
-      n_devices=INCARNATIONS, host=HOST,
+      n_devices=INCARNATIONS, platform=self._cluster.platform,
       checkpoint=str(pathlib.Path(self._case.checkpoint).absolute()),
       shape=self._plans.shape, store=self._folder, slots=slots,
       host_weights=standing.host_weights,
@@ -186,9 +194,6 @@ class _Start:
       )
     empty = (-1,) * self._plans.view.slots_per_rank
     self._crew.start(rank, incarnation, self._setup(rank, empty))
-    others = [r for r in self._crew.ranks() if self._crew.is_up(r)]
-    news = {"incarnations": {rank: incarnation}}
-    self._crew.tell(dict.fromkeys(others, news), "members")
     return 0
 
   def _note_stages(self) -> None:
@@ -213,8 +218,11 @@ class _Start:
   # -- what faults strike
 
   def _pid(self, rank: int) -> int | None:
-    alive = self._crew.alive(rank)
-    return self._crew.mate(rank).process.pid if alive else None
+    process = self._crew.mate(rank).process if self._crew.alive(rank) else None
+    return process.pid if process is not None else None
+
+  def _elsewhere(self, rank: int, number: signal.Signals) -> None:
+    self._crew.strike(rank, number)
 
   def _store_pid(self) -> int | None:
     return self._store.process.pid if self._store is not None else None
@@ -256,8 +264,8 @@ def redundancy_bytes(plans: Plans, backend: ProcessBackend) -> int:
   return max(total, 0)
 
 
-def _free_port() -> int:
+def _free_port(host: str) -> int:
   """A port that nobody listens on; the service takes it at once."""
   with socket.socket() as end:
-    end.bind((HOST, 0))
+    end.bind((host, 0))
     return int(end.getsockname()[1])

@@ -17,11 +17,10 @@ from resilient_moe.runtime.process.wire import Up
 class Watch:
   """The evidence against each worker of an engine."""
 
-  def __init__(self, limits: Limits, host: str, folder: pathlib.Path) -> None:
+  def __init__(self, limits: Limits, folder: pathlib.Path) -> None:
     self.limits = limits
     self.clock = StepClock(limits)
     self.slow = Stragglers(limits)
-    self._host = host
     self._prober = Prober(limits.probe_interval_s, folder)
     self._watched: set[int] = set()
     self.suspicions = 0  # times that a rank began to miss its probes
@@ -29,7 +28,7 @@ class Watch:
 
   def add(self, rank: int, up: Up) -> None:
     """Begins to probe a worker that is up."""
-    self._prober.add(rank, self._host, up.probe_port)
+    self._prober.add(rank, up.data[0], up.probe_port)
     self._watched.add(rank)
 
   def remove(self, rank: int) -> None:

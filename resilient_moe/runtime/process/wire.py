@@ -11,11 +11,13 @@ import dataclasses
 import pathlib
 import socket
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from resilient_moe.mesh.programs import InstanceShape
+if TYPE_CHECKING:  # a worker must not wait for JAX before it says hello
+  from resilient_moe.mesh.programs import InstanceShape
 
 AUTHKEY = "RMOE_AUTHKEY"  # environment variable, in hex
+ANY = -1  # incarnation of a worker that leaves it to the supervisor
 Member = tuple[int, int]  # (rank, incarnation): one process
 Address = tuple[str, int]
 
@@ -39,6 +41,21 @@ class Reply(NamedTuple):
   error: str = ""
 
 
+class Abort(NamedTuple):
+  """On `control`: end the collectives with these members."""
+
+  gone: tuple[Member, ...]
+
+
+class Strike(NamedTuple):
+  """On `control`: a fault; the process sends itself this signal.
+
+  For workers that somebody else started, perhaps on another host.
+  """
+
+  signal: int
+
+
 class Hello(NamedTuple):
   """The first message on a connection."""
 
@@ -56,9 +73,9 @@ class Setup:
   incarnations: dict[int, int]
   coordinator: str
   n_devices: int  # virtual devices a process: its possible incarnations
-  host: str
+  platform: str
   checkpoint: str
-  shape: InstanceShape
+  shape: "InstanceShape"
   store: pathlib.Path  # of executables
   slots: tuple[int, ...]  # expert in each slot; -1: empty
   host_weights: bool
@@ -77,6 +94,14 @@ class Up(NamedTuple):
   dense_bytes: int
   host_bytes: int
   stages: dict[str, float]  # seconds
+
+
+def own_host(connection: Connection) -> str:
+  """The address of this end: where the other one can reach this process."""
+  with socket.socket(fileno=connection.fileno()) as end:
+    host = str(end.getsockname()[0])
+    end.detach()
+  return host
 
 
 def prompt(connection: Connection) -> Connection:

@@ -2,7 +2,11 @@
 
   python -m resilient_moe.runtime.process.worker rank=3 incarnation=0 HOST:PORT
 
-It does what the supervisor's calls say (`wire.py`) and knows nothing of
+`rank=auto incarnation=-1` takes the rank from the cluster that JAX detects, for
+workers that a scheduler starts on other hosts; they need the supervisor's key
+in RMOE_AUTHKEY.
+
+A worker does what the supervisor's calls say (`wire.py`) and knows nothing of
 requests: losing it loses arrays, which are elsewhere or can be computed again.
 """
 
@@ -27,7 +31,9 @@ from resilient_moe.runtime.process.wire import (
   Member,
   Reply,
   Setup,
+  Strike,
   Up,
+  own_host,
   prompt,
 )
 
@@ -38,10 +44,12 @@ ENDED = 3  # exit status of a worker whose supervisor is gone
 class Worker:
   """The methods that calls name; each returns what its reply carries."""
 
-  def __init__(self, rank: int, setup: Setup, authkey: bytes) -> None:
+  def __init__(
+    self, rank: int, setup: Setup, authkey: bytes, host: str
+  ) -> None:
     from resilient_moe.runtime.process.shard import Shard
 
-    self._shard = Shard(rank, setup, authkey)
+    self._shard = Shard(rank, setup, authkey, host)
     self._delta: Any = None  # of the last step, until it is committed
     self._commit_s = 0.0  # of the step before
     self.late_error = ""  # of a one-way call; told with the next reply
@@ -148,18 +156,21 @@ def _listen(worker: list[Worker], control: Connection) -> None:
   """Aborts what it is told to; ends with the supervisor."""
   while True:
     try:
-      gone = control.recv()
+      told = control.recv()
     except (EOFError, OSError):
       os._exit(ENDED)
-    if worker:
-      worker[0].abort(gone)
+    if isinstance(told, Strike):
+      os.kill(os.getpid(), told.signal)
+    elif worker:
+      worker[0].abort(told.gone)
 
 
 def main(argv: list[str]) -> None:
   """Runs one worker until the supervisor's sockets close."""
   die_with_parent()
   fields = dict(arg.split("=") for arg in argv[:2])
-  rank, incarnation = int(fields["rank"]), int(fields["incarnation"])
+  rank = _rank(fields["rank"])
+  incarnation = int(fields["incarnation"])
   host, port = argv[2].rsplit(":", 1)
   authkey = bytes.fromhex(os.environ[AUTHKEY])
 
@@ -174,7 +185,7 @@ def main(argv: list[str]) -> None:
   try:
     setup: Setup = work.recv()
     try:
-      holder.append(Worker(rank, setup, authkey))
+      holder.append(Worker(rank, setup, authkey, own_host(work)))
     except Exception as error:  # noqa: BLE001 - told, then ended
       reason = "".join(traceback.format_exception(error))
       work.send(Reply(0, 0, None, reason))
@@ -183,6 +194,15 @@ def main(argv: list[str]) -> None:
     serve(holder[0], work)
   except (EOFError, OSError):
     os._exit(ENDED)  # at once: a thread may hang in a collective
+
+
+def _rank(text: str) -> int:
+  """`auto`: what the cluster that this process runs in says."""
+  if text != "auto":
+    return int(text)
+  from resilient_moe.runtime.process import private
+
+  return private.cluster_rank()
 
 
 if __name__ == "__main__":

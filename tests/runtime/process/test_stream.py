@@ -53,6 +53,11 @@ def until(true: Callable[[], object]) -> None:
     time.sleep(0.005)
 
 
+def pause(store: kv_store.StoreProcess) -> None:
+  os.kill(store.process.pid, signal.SIGSTOP)
+  os.waitpid(store.process.pid, os.WUNTRACED)  # until all its threads stopped
+
+
 def delta(rng: np.random.Generator) -> np.ndarray:
   return rng.standard_normal((L, 1, LANES, K2, D)).astype(np.float32)
 
@@ -186,9 +191,9 @@ def test_another_target_gets_what_comes_after(
   stream.put([("a", 0, 3, 1)], slow)
   stream.put([("a", 0, 4, 1)], delta(rng))
   server, other = serve()
+  sent = stream.bytes_sent
   stream.target(server.address)
   slow.go.set()
-  sent = stream.bytes_sent
   stream.put([("b", 0, 0, 2)], delta(rng))
   stream.put([("a", 0, 5, 1)], delta(rng))
   assert stream.drain(WAIT_S)
@@ -235,9 +240,17 @@ def test_a_dead_store_is_one_warning_and_puts_stay_cheap(
 
 
 def test_a_store_that_dies_ends_a_drain(stream, store, rng, warnings):
-  os.kill(store.process.pid, signal.SIGSTOP)
-  threading.Timer(0.2, store.process.kill).start()
-  assert not stream.drain(WAIT_S)
+  assert stream.drain(WAIT_S)
+  pause(store)
+  arrived = []
+  drain = lambda: arrived.append(stream.drain(10 * WAIT_S))
+  thread = threading.Thread(target=drain)
+  thread.start()
+  thread.join(0.1)
+  assert arrived == []
+  store.process.kill()
+  thread.join(WAIT_S)
+  assert arrived == [False], "long before its time was over"
   until(lambda: warnings)
 
 
@@ -263,7 +276,7 @@ def test_a_wrong_key_is_a_warning(held, warnings):
 def test_a_stopped_store_does_not_stop_the_steps(stream, store, rng, warnings):
   stream.put([("a", 0, 0, 1), ("b", 0, 0, 1)], delta(rng))
   assert stream.drain(WAIT_S)
-  os.kill(store.process.pid, signal.SIGSTOP)
+  pause(store)
   big = np.ones((L, 1, 64, K2, D), np.float32)
   steps = 3 * MAX_QUEUED
   for step in range(steps):  # 96 MiB, much more than the sockets hold
@@ -293,11 +306,12 @@ def test_a_stopped_store_does_not_stop_a_change_of_target(
   stream, store, held, rng, warnings
 ):
   assert stream.drain(WAIT_S)
-  os.kill(store.process.pid, signal.SIGSTOP)
+  pause(store)
   old = stream._holder.thread
   big = np.ones((L, 1, T, K2, D), np.float32)
-  for _ in range(20):  # 40 MiB: the thread is stuck in a send
-    stream.put([("a", 0, 0, T)], big)
+  stream.put([("a", 0, 0, T)] * 32, big)  # 64 MiB, more than sockets hold
+  stream.put([("a", 0, 0, T)], big)
+  until(lambda: stream.pending == 2 and stream._holder._sending)
   stream.target(held[0].address)
   stream.put([("a", 0, 0, 1)], delta(rng))
   assert stream.drain(WAIT_S)

@@ -1,6 +1,6 @@
 """Compiles step programs ahead of time, in a process of low priority.
 
-  python -m resilient_moe.mesh.ahead idle|now STORE N_DEVICES SIZE [SIZE ...]
+  python -m resilient_moe.runtime.ahead idle|now STORE N_DEVICES SIZE [SIZE ...]
 
 `idle` stands back behind everybody else; `now` is for a start that waits.
 Serving goes on meanwhile: a thread would share the interpreter lock and the
@@ -14,6 +14,8 @@ import pathlib
 import subprocess
 import sys
 
+from resilient_moe.runtime.parent import as_parent, die_with_parent
+
 SHAPE_FILE = "shape.json"
 
 
@@ -24,7 +26,7 @@ def start(
   command = [sys.executable, "-m", __name__, when, str(store), str(n_devices)]
   return subprocess.Popen(
     command + [str(s) for s in sizes], stdin=subprocess.DEVNULL,
-    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    env={**os.environ, **as_parent(), "JAX_PLATFORMS": "cpu"},
   )  # fmt: skip
 
 
@@ -32,6 +34,7 @@ def main(
   when: str, store: pathlib.Path, n_devices: int, sizes: list[int]
 ) -> None:
   """Fills the store: programs of a rank, steps of each mesh size."""
+  die_with_parent()
   if when == "idle":
     _stand_back()
   import jax

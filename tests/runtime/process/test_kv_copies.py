@@ -1,0 +1,322 @@
+"""Who streams to whom and which copy serves, over a crew that only notes."""
+
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from resilient_moe.recovery.view import Tier
+from resilient_moe.runtime.process import kv_store
+from resilient_moe.runtime.process.crew import Answers
+from resilient_moe.runtime.process.kv_copies import HOST, KVCopies
+from resilient_moe.serving.backend import Placed
+from resilient_moe.serving.scheduler import Chunk, Row
+
+KEY = b"key of a test"
+ROWS = 2
+MESH = (0, 1, 2)
+Each = Mapping[int, Mapping[str, Any]]
+
+
+class Crew:
+  """Ranks that do nothing; what they were told and asked is kept."""
+
+  authkey = KEY
+
+  def __init__(self, *ranks: int) -> None:
+    self.there = set(ranks)
+    self.fenced: set[int] = set()
+    self.told: list[tuple[str, int, dict]] = []
+    self.asked: list[tuple[str, int, dict]] = []
+    self.mirrors: dict[int, dict[str, int]] = {}
+    self.rows: dict[str, tuple[int, int, str]] = {}
+
+  def alive(self, rank: int) -> bool:
+    return rank in self.there
+
+  is_up = alive
+
+  def ranks(self) -> tuple[int, ...]:
+    return tuple(sorted(self.there))
+
+  def lingers(self, rank: int) -> bool:
+    return rank in self.fenced
+
+  def mate(self, rank: int) -> Any:
+    up = types.SimpleNamespace(data=address(rank))
+    return types.SimpleNamespace(up=up)
+
+  def tell(self, each: Each, op: str) -> None:
+    self.told += [(op, r, dict(args)) for r, args in each.items()]
+
+  def call(self, each: Each, op: str) -> Answers:
+    self.asked += [(op, r, dict(args)) for r, args in each.items()]
+    answer = {"records": self._records, "rows": self._rows}
+    values = {
+      r: answer.get(op, lambda *_: 0)(r, args) for r, args in each.items()
+    }
+    return Answers(values, {}, ())
+
+  def _records(self, rank: int, args: Mapping[str, Any]) -> dict[str, int]:
+    return self.mirrors.get(rank, {})
+
+  def _rows(self, rank: int, args: Mapping[str, Any]) -> list:
+    return [
+      (row["request_id"], *self.rows.get(row["request_id"], (7, 70, "")))
+      for row in args["rows"]
+    ]
+
+  def take(self, op: str) -> dict[int, dict]:
+    """What ranks were told of a kind since the last time."""
+    found = {r: args for kind, r, args in self.told if kind == op}
+    self.told = [t for t in self.told if t[0] != op]
+    return found
+
+
+class Copies(KVCopies):
+  """With the warnings that it wrote."""
+
+  def __init__(self, mode: str, crew: Crew, store: Any = None) -> None:
+    self.warnings: list[str] = []
+    self.sums: list[dict[str, Any]] = []
+    super().__init__(mode, crew, store, ROWS, self._note)  # type: ignore
+
+  def _note(self, event: str, **fields: Any) -> None:
+    if event == "warning":
+      self.warnings.append(fields["text"])
+    else:
+      self.sums.append({"event": event, **fields})
+
+
+def address(rank: int) -> tuple[str, int]:
+  return "127.0.0.1", 1000 + rank
+
+
+def batch(
+  *rows: tuple[int, int, str, int], mesh: Any = MESH, **more: Any
+) -> Any:
+  """Decode rows (place, row, request, position) of a step."""
+  decoding = tuple(Row(*r, samples=True) for r in rows)
+  fields = {"chunks": (), "retired": (), **more}
+  return types.SimpleNamespace(mesh=mesh, rows=decoding, **fields)
+
+
+def serve(copies: KVCopies, *args: Any, **kwargs: Any) -> None:
+  """A step that counts."""
+  step = batch(*args, **kwargs)
+  copies.seats(step)
+  copies.committed(step)
+
+
+def rebased(copies: KVCopies, crew: Crew) -> dict[str, tuple[int, int, int]]:
+  """What is streamed anew: request -> rank, row, tokens."""
+  for _ in range(9):
+    copies.rebase_one()
+  told = [(r, a) for op, r, a in crew.told if op == "rebase"]
+  crew.take("rebase")
+  return {a["request_id"]: (r, a["row"], a["tokens"]) for r, a in told}
+
+
+def targets(crew: Crew) -> dict[int, Any]:
+  return {r: a["address"] for r, a in crew.take("stream_to").items()}
+
+
+@pytest.fixture
+def store() -> Any:
+  made = kv_store.start((2, 2, 32, 8), "float32", KEY)
+  yield made
+  made.close()
+
+
+def test_each_streams_to_the_next_and_a_single_one_to_nobody() -> None:
+  crew = Crew(*MESH)
+  copies = Copies("peer", crew)
+  copies.ring(MESH)
+  assert targets(crew) == {0: address(1), 1: address(2), 2: address(0)}
+  copies.ring(MESH)
+  assert targets(crew) == {}, "nothing has changed"
+  crew.there -= {1, 2}
+  copies.lost([1, 2])
+  copies.ring((0,))
+  assert targets(crew) == {0: None}
+
+
+def test_all_stream_to_the_store(store: Any) -> None:
+  crew = Crew(*MESH)
+  copies = Copies("host", crew, store)
+  copies.ring(MESH)
+  assert targets(crew) == dict.fromkeys(MESH, store.address)
+  crew.there.discard(1)
+  copies.lost([1])
+  copies.ring((0, 2))
+  assert targets(crew) == {}, "theirs is still the same store"
+  copies.close((0, 2))
+
+
+def test_without_checkpoints_nobody_is_told_or_asked() -> None:
+  crew = Crew(*MESH)
+  copies = Copies("none", crew)
+  copies.ring(MESH)
+  serve(copies, (0, 0, "a", 4))
+  copies.moved((Placed("a", 0, 0, 1, 1, 5),))
+  copies.rebase_one()
+  assert copies.segments(batch((0, 0, "a", 5))) == {}
+  assert copies.records() == {}
+  copies.close(MESH)
+  assert (crew.told, crew.asked, copies.sums) == ([], [], [])
+
+
+def test_a_step_is_cut_into_what_each_rank_streams() -> None:
+  copies = Copies("peer", Crew(0, 2))
+  chunk = Chunk(1, 1, "c", 16, 9, samples=False)
+  step = batch(
+    (0, 0, "a", 4), (0, 1, "b", 9), (1, 0, "d", 3), mesh=(0, 2),
+    chunks=(chunk,),
+  )  # fmt: skip
+  assert copies.segments(step) == {
+    0: [("a", 0, 4, 1), ("b", 1, 9, 1)],
+    2: [("d", 0, 3, 1), ("c", ROWS, 16, 9)],
+  }
+
+
+def test_a_new_neighbour_gets_what_the_old_one_had() -> None:
+  crew = Crew(*MESH)
+  copies = Copies("peer", crew)
+  copies.ring(MESH)
+  targets(crew)
+  serve(copies, (0, 0, "a", 4), (1, 1, "b", 6), (2, 0, "c", 8))
+  crew.there.discard(1)
+  copies.lost([1])
+  copies.ring((0, 2))
+  assert targets(crew) == {0: address(2)}
+  # 2 streams to 0 as before; nobody can stream for 1.
+  assert rebased(copies, crew) == {"a": (0, 0, 5)}
+
+
+def test_a_replacement_of_a_neighbour_is_new() -> None:
+  """The rank is the same, its memory isn't."""
+  crew = Crew(*MESH)
+  copies = Copies("peer", crew)
+  copies.ring(MESH)
+  targets(crew)
+  serve(copies, (0, 0, "a", 4))
+  copies.lost([1])
+  copies.ring(MESH)
+  assert set(targets(crew)) == {0, 1}
+  assert rebased(copies, crew) == {"a": (0, 0, 5)}
+
+
+def test_who_moved_streams_anew_from_the_new_seat() -> None:
+  crew = Crew(*MESH)
+  copies = Copies("peer", crew)
+  copies.ring(MESH)
+  serve(copies, (0, 0, "a", 4))
+  copies.moved((Placed("a", 0, 0, 2, 1, 5),))
+  assert copies.sitting_on([2]) == ["a"]
+  assert copies.sitting_on([0]) == []
+  serve(copies, (2, 1, "a", 5))
+  assert rebased(copies, crew) == {"a": (2, 1, 6)}
+
+
+def test_whom_a_holder_refused_streams_anew_once() -> None:
+  crew = Crew(*MESH)
+  copies = Copies("peer", crew)
+  serve(copies, (0, 0, "a", 4), (1, 0, "b", 6))
+  copies.heard(1, ("b",), 0, ())
+  copies.heard(1, ("b", "gone"), 3, ())
+  assert copies._rebase.count("b") == 1
+  assert rebased(copies, crew) == {"b": (1, 0, 7)}
+
+
+def test_that_the_store_stopped_is_said_of_a_peer_it_is_known(
+  store: Any,
+) -> None:
+  for mode, warnings in (("host", ["it stopped"]), ("peer", [])):
+    copies = Copies(mode, Crew(*MESH), store)
+    copies.ring(MESH)
+    copies.heard(1, (), 0, ("it stopped",))
+    assert copies.warnings == warnings
+
+
+def test_who_ended_is_not_streamed() -> None:
+  crew = Crew(*MESH)
+  copies = Copies("peer", crew)
+  serve(copies, (0, 0, "a", 4))
+  copies.heard(0, ("a",), 0, ())
+  serve(copies, (1, 0, "b", 6), retired=("a",))
+  assert rebased(copies, crew) == {}
+
+
+def test_the_longest_copy_serves() -> None:
+  crew = Crew(*MESH)
+  crew.mirrors = {0: {"a": 5, "b": 9}, 1: {"a": 8}, 2: {"a": 3, "c": 1}}
+  copies = Copies("peer", crew)
+  assert copies.records() == {"a": (8, 1), "b": (9, 0), "c": (1, 2)}
+  crew.rows = {"c": (0, 0, "its holder is gone")}
+  placed = tuple(Placed(n, 3, 0, 0, 1, 9) for n in "abcd")
+  alive = np.array([True, True, True, False])
+  restored, nbytes = copies.restore(placed, Tier.PEER, alive)
+  assert (restored, nbytes) == ({"a": 7, "b": 7}, 140)
+  (asked,) = [args for op, rank, args in crew.asked if op == "rows"]
+  found = {r["request_id"]: (r["what"], r["address"]) for r in asked["rows"]}
+  assert found == {
+    "a": ("kv", address(1)), "b": ("kv", address(0)), "c": ("kv", address(2)),
+  }  # fmt: skip
+  assert copies.warnings == [
+    "request 'c' is prefilled again: its holder is gone"
+  ]
+
+
+def test_a_rank_that_stands_hands_its_rows_over_once_they_are_written() -> None:
+  crew = Crew(*MESH)
+  copies = Copies("peer", crew)
+  placed = (Placed("a", 2, 1, 0, 1, 9),)
+  copies.restore(placed, Tier.PEER, np.ones(3, bool))
+  assert [(op, rank) for op, rank, _ in crew.asked] == [
+    ("done", 2), ("rows", 0)
+  ]  # fmt: skip
+  ((row,),) = [args["rows"] for op, _, args in crew.asked if op == "rows"]
+  assert (row["what"], row["address"], row["args"]) == (
+    "row", address(2), (1, 9)
+  )  # fmt: skip
+
+
+def test_what_the_dead_sent_is_awaited_once_and_the_stuck_never() -> None:
+  crew = Crew(*MESH)
+  copies = Copies("peer", crew)
+  crew.there -= {1, 2}
+  crew.fenced = {2}  # its streams stay open until it is killed
+  copies.lost([1, 2])
+  copies.records()
+  copies.records()
+  asked = [args["ended"] for op, _, args in crew.asked if op == "records"]
+  assert asked == [[1], []]
+
+
+def test_a_dead_store_leaves_a_warning_and_nothing_else(store: Any) -> None:
+  crew = Crew(*MESH)
+  copies = Copies("host", crew, store)
+  assert copies.records() == {}
+  assert copies.warnings == []
+  store.process.kill()
+  store.process.wait()
+  copies.lost([1])
+  assert copies.records() == {}
+  (text,) = copies.warnings
+  assert text.startswith("the KV store is gone, requests are prefilled")
+  assert copies.restore(
+    (Placed("a", 1, 0, 0, 0, 4),), Tier.HOST, np.array([True, False, True])
+  ) == ({}, 0)
+  copies.close((0, 2))
+  assert [s["event"] for s in copies.sums] == ["checkpoint"]
+
+
+def test_the_host_is_the_holder_of_what_the_store_keeps(store: Any) -> None:
+  copies = Copies("host", Crew(*MESH), store)
+  client = copies._client
+  assert client is not None
+  client.records = lambda: {"a": 4}  # type: ignore[method-assign]
+  assert copies.records() == {"a": (4, HOST)}
+  copies.close(MESH)
