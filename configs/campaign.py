@@ -39,9 +39,9 @@ def get_config() -> ml_collections.ConfigDict:
   }
 
   config.scenarios = (
-    "rank_lost_decode,rank_lost_prefill,random,two_at_once,neighbours,"
-    "during_recovery,maintenance,rank_stuck,rank_stuck_returns,"
-    "killed_twenty_times,store_and_rank"
+    "killed_twenty_times,rank_lost_decode,rank_lost_prefill,random,"
+    "rank_stuck,two_at_once,during_recovery,neighbours,maintenance,"
+    "rank_stuck_returns,store_and_rank"
   )
   # A replacement takes seconds: requests must come for long enough.
   config.workloads = {"killed_twenty_times": {"count": 160, "rate": 0.07}}

@@ -1,8 +1,8 @@
 """The supervisor's workers: started, called, watched, ended.
 
 `call` is the only way to ask them something: it sends to some, gathers their
-answers, and meanwhile notices who dies. A closed socket says so at once (a
-process's sockets close as it ends), and all the others are told to abort the
+answers, and meanwhile notices who dies. A process that begins to end, or a
+closed socket, says so at once, and all the others are told to abort the
 collectives that the dead one is a member of. What only looks dead is judged by
 `watch.Watch`.
 """
@@ -22,6 +22,7 @@ from typing import Any
 from resilient_moe.runtime.parent import as_parent
 from resilient_moe.runtime.process.cluster import Cluster
 from resilient_moe.runtime.process.door import Door
+from resilient_moe.runtime.process.exits import exiting
 from resilient_moe.runtime.process.watch import Watch
 from resilient_moe.runtime.process.wire import (
   ANY,
@@ -39,7 +40,7 @@ from resilient_moe.serving.recover import Record
 START_S = 120.0  # for a worker to be up
 ABORTED_S = 45.0  # for a survivor to come back from an abort; gloo waits 30
 HANG_S = 120.0  # for any call, whatever the probes say
-TICK_S = 0.005  # between two looks at faults to inject and at who is silent
+TICK_S = 0.003  # between two looks at faults to inject and at who is silent
 
 
 class WorkerFailed(RuntimeError):
@@ -111,6 +112,7 @@ class Crew:
     self._mates: dict[int, Mate] = {}
     self._setups: dict[int, Setup] = {}
     self._fenced: list[tuple[float, Mate]] = []  # killed at that time
+    self._dying: list[Mate] = []  # dead, not reaped yet
     self._lost: list[int] = []  # noticed, not taken yet
     self._number = 0
 
@@ -246,6 +248,9 @@ class Crew:
 
   def _wait(self, wait_s: float) -> list[int]:
     """Looks at everybody; buries the dead, refuses the fenced."""
+    for mate in list(self._mates.values()):
+      if mate.process is not None and exiting(mate.process.pid):
+        self._bury(mate)
     # Any: the stubs of `wait` know no keys of a dict.
     mates = self._mates.values()
     of: dict[Any, Mate] = {m.work: m for m in mates if m.work is not None}
@@ -311,6 +316,7 @@ class Crew:
     self._remove(mate)
     self._lost.append(mate.rank)
     _kill(mate)
+    self._dying.append(mate)  # its end takes a while, nobody waits for it
 
   def _remove(self, mate: Mate) -> None:
     del self._mates[mate.rank]
@@ -361,13 +367,19 @@ class Crew:
     for at, mate in self._fenced:
       if now >= at:
         _kill(mate)
+        self._dying.append(mate)
+    self._dying = [m for m in self._dying if not _ended(m)]
     self._fenced = [(at, m) for at, m in self._fenced if now < at]
 
   def close(self) -> None:
     """Ends every process."""
     self._door.close()
-    for mate in [*self._mates.values(), *(m for _, m in self._fenced)]:
+    here = [*self._mates.values(), *(m for _, m in self._fenced)]
+    for mate in here:
       _kill(mate)
+    for mate in [*here, *self._dying]:
+      if mate.process is not None:
+        mate.process.wait()
 
 
 def _kill(mate: Mate) -> None:
@@ -375,7 +387,10 @@ def _kill(mate: Mate) -> None:
   if mate.process is not None:
     with contextlib.suppress(ProcessLookupError):
       os.kill(mate.process.pid, signal.SIGKILL)
-    mate.process.wait()
   for end in (mate.work, mate.control):
     if end is not None:
       end.close()
+
+
+def _ended(mate: Mate) -> bool:
+  return mate.process is None or mate.process.poll() is not None

@@ -23,7 +23,7 @@ from resilient_moe.runtime.readiness import COMPILED_POLL_S
 from resilient_moe.runtime.weights import WeightTiers, tree_bytes
 
 Mesh = tuple[int, ...]
-DRAIN_S = 5.0  # at most, for what a dead rank had sent to be read
+DRAIN_S = 0.01  # what a dead rank had sent is read by then; later is harmless
 
 
 class Shard:
