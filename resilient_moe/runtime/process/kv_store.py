@@ -19,7 +19,8 @@ import time
 from collections.abc import Sequence
 
 from resilient_moe.runtime.parent import as_parent, die_with_parent
-from resilient_moe.runtime.process.data import Address, DataServer
+from resilient_moe.runtime.process.data import DataServer
+from resilient_moe.runtime.process.link import Address
 from resilient_moe.runtime.process.mirror import KVMirror
 
 AUTHKEY = "RMOE_AUTHKEY"

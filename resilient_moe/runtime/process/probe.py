@@ -6,7 +6,6 @@ the same less well: a held interpreter lock then looks like silence, so the
 caller should warn when `native` is False.
 """
 
-import contextlib
 import ctypes
 import dataclasses
 import errno
@@ -15,23 +14,20 @@ import ipaddress
 import os
 import pathlib
 import platform
-import select
 import shlex
 import socket
-import struct
 import subprocess
 import tempfile
 import threading
-import time
 from typing import Any, Self
+
+from resilient_moe.runtime.process.probe_threads import Threaded, respond
 
 Library = ctypes.CDLL  # its calls release the interpreter lock
 
 _SOURCE = pathlib.Path(__file__).with_name("probe.c")
 _COMPILE_S = 60.0
 _MIN_INTERVAL_S = 0.001  # the resolution of poll()
-_PROBE = struct.Struct("=B3xIQ")  # kind, slot, number, as in probe.c
-_ASKED, _ANSWERED = 1, 2
 _HANDLE = ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
   "probe_responder_start": (
@@ -95,7 +91,7 @@ class Responder:
     except OSError as error:
       end.close()
       _check_code(-(error.errno or errno.EIO), f"a responder on {host}")
-    threading.Thread(target=_respond, args=(end,), daemon=True).start()
+    threading.Thread(target=respond, args=(end,), daemon=True).start()
     return cls(end.getsockname()[1], native=False)
 
 
@@ -115,8 +111,8 @@ class Prober:
     self.native = lib is not None
     self._lock = threading.Lock()
     self._slots: dict[int, int] = {}
-    self._probes: _Native | _Threaded | None = (
-      _Native(lib, interval_s) if lib else _Threaded(interval_s)
+    self._probes: _Native | Threaded | None = (
+      _Native(lib, interval_s) if lib else Threaded(interval_s)
     )
 
   def add(self, name: int, host: str, port: int) -> None:
@@ -159,7 +155,7 @@ class Prober:
   def __exit__(self, *exception: object) -> None:
     self.close()
 
-  def _running(self) -> "_Native | _Threaded":
+  def _running(self) -> "_Native | Threaded":
     if self._probes is None:
       raise ValueError("the prober is closed; make a new one")
     return self._probes
@@ -196,101 +192,6 @@ class _Native:
 
   def stop(self) -> None:
     self._lib.prober_stop(self._prober)
-
-
-@dataclasses.dataclass
-class _Target:
-  """`struct slot` of probe.c."""
-
-  address: tuple[str, int]
-  heard_s: float
-  waiting: bool = False
-  missed: int = 0
-
-
-class _Threaded:
-  """The prober of `probe.c` in Python; the comments are there.
-
-  A slot is never used twice, so it needs no number of its first probe.
-  """
-
-  def __init__(self, interval_s: float) -> None:
-    self._interval_s = interval_s
-    self._next_s = time.monotonic()
-    self._targets: dict[int, _Target] = {}
-    self._added = 0
-    self._stopped = False
-    self._lock = threading.Lock()
-    self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    self._socket.setblocking(False)
-    self._thread = threading.Thread(target=self._watch, daemon=True)
-    self._thread.start()
-
-  def add(self, host: str, port: int) -> int:
-    with self._lock:
-      self._added += 1
-      self._targets[self._added] = _Target((host, port), time.monotonic())
-      return self._added
-
-  def remove(self, slot: int) -> None:
-    with self._lock:
-      del self._targets[slot]
-
-  def silence_s(self, slot: int) -> float:
-    with self._lock:
-      end_s = min(time.monotonic(), self._next_s + self._interval_s)
-      return max(0.0, end_s - self._targets[slot].heard_s)
-
-  def missed(self, slot: int) -> int:
-    with self._lock:
-      return self._targets[slot].missed
-
-  def stop(self) -> None:
-    self._stopped = True
-    self._thread.join()
-    self._socket.close()
-
-  def _watch(self) -> None:
-    readable = select.poll()
-    readable.register(self._socket, select.POLLIN)
-    while not self._stopped:
-      with self._lock:
-        self._hear()
-        now = time.monotonic()
-        if now >= self._next_s:
-          self._ask(now)
-        wait_ms = 1e3 * (self._next_s - time.monotonic())
-      readable.poll(max(0.0, min(wait_ms, 50.0)))
-
-  def _hear(self) -> None:
-    with contextlib.suppress(BlockingIOError):
-      while True:
-        data = self._socket.recv(64)
-        if len(data) != _PROBE.size:
-          continue
-        kind, slot, _ = _PROBE.unpack(data)
-        if kind == _ANSWERED and (target := self._targets.get(slot)):
-          target.heard_s, target.waiting = time.monotonic(), False
-          target.missed = 0
-
-  def _ask(self, now: float) -> None:
-    lost_s = max(0.0, now - (self._next_s + self._interval_s))
-    for slot, target in self._targets.items():
-      target.heard_s = min(now, target.heard_s + lost_s)
-      target.missed += target.waiting
-      target.waiting = True
-      with contextlib.suppress(OSError):
-        self._socket.sendto(_PROBE.pack(_ASKED, slot, 0), target.address)
-    self._next_s = time.monotonic() + self._interval_s
-
-
-def _respond(end: socket.socket) -> None:
-  """Answers for ever, as `respond` of probe.c."""
-  while True:
-    data, sender = end.recvfrom(64)
-    if len(data) == _PROBE.size and data[0] == _ASKED:
-      with contextlib.suppress(OSError):
-        end.sendto(bytes([_ANSWERED]) + data[1:], sender)
 
 
 def _compile(path: pathlib.Path) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from resilient_moe.runtime.process.data import Address, Link, dial
+from resilient_moe.runtime.process.link import Address, Link, dial
 from resilient_moe.runtime.process.mirror import Segment
 
 MAX_QUEUED = 256  # steps and whatever else was handed over

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from resilient_moe.runtime.process.data import (
-  Address,
   DataClient,
   DataServer,
-  Link,
   PullFailed,
+)
+from resilient_moe.runtime.process.link import (
+  Address,
+  Link,
   aligned_empty,
   dial,
 )
@@ -47,7 +49,7 @@ time.sleep(60)
 HALF = """
 import sys, time
 import numpy as np
-from resilient_moe.runtime.process.data import dial
+from resilient_moe.runtime.process.link import dial
 link = dial(("127.0.0.1", int(sys.argv[1])), 10.0)
 link.greet(bytes.fromhex(sys.argv[2]), asks_first=False)
 link.send(["hello", 3])

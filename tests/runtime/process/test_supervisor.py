@@ -1,4 +1,4 @@
-"""The supervisor dies, the launcher dies: no request is lost, no token twice."""
+"""Supervisor and launcher die: no request is lost, no token comes twice."""
 
 import pathlib
 import pickle
