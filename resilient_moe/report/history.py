@@ -23,7 +23,8 @@ request emits has position len(prompt_tokens).
                serving | ...), seconds, generation (0: first engine; 1: after
                the first restart; ...)
   prepare      seconds, redundancy_bytes, ready_meshes, checkpoint (none |
-               peer | host), spares
+               peer | host), spares, connections? (between processes, that
+               all meshes keep open)
   mesh_ready   absent [ranks], seconds
   accepted     request_id, prompt_tokens [ints], max_new_tokens, retry_of?
                (the failed request that the client sends again); the promise

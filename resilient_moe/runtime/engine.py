@@ -160,7 +160,7 @@ def _prepare(
       "prepare", seconds=time.monotonic() - start,
       redundancy_bytes=_redundancy_bytes(case)(plans, backend),
       ready_meshes=len(standing.ready), checkpoint=standing.checkpoint,
-      spares=plans.policy.spares,
+      spares=plans.policy.spares, **_held_open(case, backend),
     )  # fmt: skip
     return
   recorder.write(
@@ -170,6 +170,13 @@ def _prepare(
     outcome="stored" if fresh.cache else "compiled",
   )  # fmt: skip
   recorder.write("resumed", epoch=backend.view().epoch, paused=fresh.paused)
+
+
+def _held_open(case: Case, backend: Any) -> dict[str, int]:
+  """What ready meshes keep beside memory, where there is such a thing."""
+  if case.runtime != "process":
+    return {}
+  return {"connections": backend.connections()}
 
 
 def _redundancy_bytes(case: Case) -> Callable[[Any, Any], int]:

@@ -37,8 +37,9 @@ from resilient_moe.recovery.actions import (
 from resilient_moe.recovery.view import Tier
 from resilient_moe.runtime.execute import Mesh
 from resilient_moe.runtime.instance import Instance, packed
-from resilient_moe.runtime.process.crew import Crew, RanksGone, WorkerFailed
+from resilient_moe.runtime.process.crew import Crew
 from resilient_moe.runtime.process.kv_copies import KVCopies
+from resilient_moe.runtime.process.mate import RanksGone, WorkerFailed
 from resilient_moe.runtime.process.signals import Signals
 from resilient_moe.runtime.readiness import Readiness
 from resilient_moe.serving.backend import Outcome, Placed, StepAborted
@@ -343,6 +344,12 @@ class ProcessBackend(Instance):
 
   def checkpoints(self) -> Mapping[str, tuple[int, int]]:
     return self.kv.records()
+
+  def connections(self) -> int:
+    """Connections between workers that all meshes together keep open."""
+    up = [r for r in self.crew.ranks() if self.crew.is_up(r)]
+    ends = self.crew.call({r: {} for r in up}, "connections").good()
+    return sum(ends.values()) // 2
 
   def close(self) -> None:
     """Ends every process; what the checkpoints came to is recorded."""

@@ -7,8 +7,6 @@ collectives that the dead one is a member of. What only looks dead is judged by
 `watch.Watch`.
 """
 
-import contextlib
-import dataclasses
 import os
 import secrets
 import signal
@@ -23,6 +21,14 @@ from resilient_moe.runtime.parent import as_parent
 from resilient_moe.runtime.process.cluster import Cluster
 from resilient_moe.runtime.process.door import Door
 from resilient_moe.runtime.process.exits import exiting
+from resilient_moe.runtime.process.mate import (
+  Answers,
+  Mate,
+  WorkerFailed,
+  ended,
+  kill,
+  tell,
+)
 from resilient_moe.runtime.process.watch import Watch
 from resilient_moe.runtime.process.wire import (
   ANY,
@@ -32,65 +38,17 @@ from resilient_moe.runtime.process.wire import (
   Member,
   Reply,
   Setup,
+  Shut,
   Strike,
-  Up,
 )
 from resilient_moe.serving.recover import Record
 
 START_S = 120.0  # for a worker to be up
-ABORTED_S = 45.0  # for a survivor to come back from an abort; gloo waits 30
+RETURN_S = 5.0  # for a survivor to come back from an aborted collective,
+CONNECT_S = 45.0  # or, where connections were being made; gloo waits 30
 HANG_S = 120.0  # for any call, whatever the probes say
+QUIET_S = 0.15  # for all survivors of a death to wait for it
 TICK_S = 0.003  # between two looks at faults to inject and at who is silent
-
-
-class WorkerFailed(RuntimeError):
-  """A worker that lives could not do what it was asked to."""
-
-
-@dataclasses.dataclass
-class Answers:
-  """What came back of a call."""
-
-  values: dict[int, Any]  # by rank
-  errors: dict[int, str]
-  lost: tuple[int, ...]  # ranks of the call that are gone
-
-  def good(self) -> dict[int, Any]:
-    """The values, if everybody answered.
-
-    Raises:
-      RanksGone: somebody is gone.
-      WorkerFailed: somebody lives and failed.
-    """
-    if self.lost:
-      raise RanksGone(self.lost)
-    for rank, error in self.errors.items():
-      raise WorkerFailed(f"rank {rank}: {error}")
-    return self.values
-
-
-class RanksGone(Exception):
-  """A call could not be done: ranks that it needs are gone."""
-
-  def __init__(self, ranks: tuple[int, ...]) -> None:
-    super().__init__(f"rank(s) {list(ranks)} are gone")
-    self.ranks = ranks
-
-
-@dataclasses.dataclass
-class Mate:
-  """One worker process, seen from the supervisor."""
-
-  rank: int
-  incarnation: int
-  process: subprocess.Popen | None  # None: somebody else started it
-  work: mp.Connection | None = None
-  control: mp.Connection | None = None
-  up: Up | None = None
-
-  @property
-  def member(self) -> Member:
-    return self.rank, self.incarnation
 
 
 class Crew:
@@ -112,6 +70,8 @@ class Crew:
     self._mates: dict[int, Mate] = {}
     self._setups: dict[int, Setup] = {}
     self._fenced: list[tuple[float, Mate]] = []  # killed at that time
+    self._ran: set[tuple[Member, ...]] = set()  # together, to the end
+    self._shut_at_s: float | None = None  # an abort is under way
     self._dying: list[Mate] = []  # dead, not reaped yet
     self._lost: list[int] = []  # noticed, not taken yet
     self._number = 0
@@ -213,6 +173,7 @@ class Crew:
     for rank, args in each.items():
       if self._send(rank, Call(number, self.epoch, op, dict(args))):
         waiting.add(rank)
+    members = tuple(self._mates[r].member for r in sorted(waiting))
     start = time.monotonic()
     limit = start + HANG_S
     while waiting:
@@ -223,10 +184,12 @@ class Crew:
       self._give_up(self.watch.stuck(waiting, now - start), waiting)
       waiting &= self._mates.keys()
       if len(self._lost) > known:
-        limit = now + ABORTED_S
+        limit = now + (RETURN_S if members in self._ran else CONNECT_S)
       if now > limit:
         self._give_up(tuple(waiting), waiting)
     answers.lost = tuple(r for r in each if r not in self._mates)
+    if not (answers.lost or answers.errors):
+      self._ran.add(members)
     return answers
 
   def _send(self, rank: int, call: Call) -> bool:
@@ -265,10 +228,31 @@ class Crew:
       if end in old:
         self._refuse(old[end])
       elif end in controls:
-        self._bury(controls[end])
+        self._hear_quiet(controls[end])
       elif of[end].up is not None:
         heard.append(of[end].rank)
+    self._shut_when_quiet()
     return heard
+
+  def _hear_quiet(self, mate: Mate) -> None:
+    """All that a worker says on its control connection, but its end."""
+    assert mate.control is not None
+    try:
+      mate.control.recv()
+      mate.quiet = True
+    except (EOFError, OSError):
+      self._bury(mate)
+
+  def _shut_when_quiet(self) -> None:
+    """The second half of an abort: nobody is in the middle of a send."""
+    if self._shut_at_s is None:
+      return
+    mates = [m for m in self._mates.values() if m.control is not None]
+    late = time.monotonic() > self._shut_at_s
+    if late or all(mate.quiet for mate in mates):
+      self._shut_at_s = None
+      for mate in mates:
+        tell(mate, Shut())
 
   def _hear(
     self, rank: int, number: int, waiting: set[int], answers: Answers
@@ -315,16 +299,16 @@ class Crew:
       return
     self._remove(mate)
     self._lost.append(mate.rank)
-    _kill(mate)
+    kill(mate)
     self._dying.append(mate)  # its end takes a while, nobody waits for it
 
   def _remove(self, mate: Mate) -> None:
     del self._mates[mate.rank]
     self.watch.remove(mate.rank)
+    self._shut_at_s = time.monotonic() + QUIET_S
     for other in self._mates.values():
-      if other.control is not None:
-        with contextlib.suppress(OSError):
-          other.control.send(Abort((mate.member,)))
+      other.quiet = other.control is None
+      tell(other, Abort((mate.member,)))
 
   def _give_up(self, ranks: tuple[int, ...], waiting: set[int]) -> None:
     """Fences workers that live and don't answer; they are killed later."""
@@ -341,9 +325,7 @@ class Crew:
     mate = self._mates.get(rank)
     if mate is None:
       return
-    if mate.control is not None:
-      with contextlib.suppress(OSError):
-        mate.control.send(Strike(number))
+    tell(mate, Strike(number))
 
   def fence(self, rank: int) -> None:
     """Nothing that a worker still says counts; it is killed after a grace."""
@@ -366,9 +348,9 @@ class Crew:
     now = time.monotonic()
     for at, mate in self._fenced:
       if now >= at:
-        _kill(mate)
+        kill(mate)
         self._dying.append(mate)
-    self._dying = [m for m in self._dying if not _ended(m)]
+    self._dying = [m for m in self._dying if not ended(m)]
     self._fenced = [(at, m) for at, m in self._fenced if now < at]
 
   def close(self) -> None:
@@ -376,21 +358,7 @@ class Crew:
     self._door.close()
     here = [*self._mates.values(), *(m for _, m in self._fenced)]
     for mate in here:
-      _kill(mate)
+      kill(mate)
     for mate in [*here, *self._dying]:
       if mate.process is not None:
         mate.process.wait()
-
-
-def _kill(mate: Mate) -> None:
-  """A process of another host ends with its connections."""
-  if mate.process is not None:
-    with contextlib.suppress(ProcessLookupError):
-      os.kill(mate.process.pid, signal.SIGKILL)
-  for end in (mate.work, mate.control):
-    if end is not None:
-      end.close()
-
-
-def _ended(mate: Mate) -> bool:
-  return mate.process is None or mate.process.poll() is not None

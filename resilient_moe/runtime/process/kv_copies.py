@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from resilient_moe.recovery.view import Tier
-from resilient_moe.runtime.process.crew import Crew, WorkerFailed
+from resilient_moe.runtime.process.crew import Crew
 from resilient_moe.runtime.process.data import DataClient
 from resilient_moe.runtime.process.kv_store import StoreProcess
+from resilient_moe.runtime.process.mate import WorkerFailed
 from resilient_moe.runtime.process.wire import Address
 from resilient_moe.runtime.seats import Seats
 from resilient_moe.serving.backend import Placed

@@ -100,8 +100,8 @@ class Connections:
 
   Not while a member still computes or sends, though: a send whose write fails
   is forgotten by gloo and awaited for ever (`UnboundBuffer::waitSend`, seen in
-  a quarter of the aborts within 5 ms of a kill). So first all threads must
-  sleep, in a receive that never ends.
+  a quarter of the aborts within 5 ms of a kill). So first all threads of all
+  members must sleep (`wait_quiet`), in receives that never end.
   """
 
   def __init__(self) -> None:
@@ -132,11 +132,13 @@ class Connections:
           self._of[mesh] = _appeared(before)
         self._making = None
 
-  def abort(self, gone: Iterable) -> None:
-    """Ends all collectives, running or to come, with these members."""
+  def forsake(self, gone: Iterable) -> None:
+    """No collective with these members begins any more."""
     with self._lock:
       self._gone.update(gone)
-    _wait_quiet()
+
+  def abort(self) -> None:
+    """Ends the collectives that run with members that are gone."""
     with self._lock:
       dead = [m for m in self._of if self._gone.intersection(m)]
       found = [item for mesh in dead for item in self._of.pop(mesh).items()]
@@ -170,7 +172,7 @@ def _sockets() -> dict[int, str]:
   return found
 
 
-def _wait_quiet() -> None:
+def wait_quiet() -> None:
   """Waits until every other thread of this process sleeps, twice in a row."""
   deadline = time.monotonic() + QUIET_S
   quiet = 0

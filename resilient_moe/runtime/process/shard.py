@@ -121,7 +121,14 @@ class Shard:
     return tuple((r, self._incarnations[r]) for r in mesh)
 
   def abort(self, gone: tuple[Member, ...]) -> None:
-    self._connections.abort(gone)
+    self._connections.forsake(gone)
+    private.wait_quiet()
+
+  def shut(self) -> None:
+    self._connections.abort()
+
+  def connections(self) -> int:
+    return self._connections.count()
 
   # -- programs
 

@@ -26,8 +26,9 @@ from resilient_moe.runtime.journal import INJECTOR
 from resilient_moe.runtime.process import kv_store, private
 from resilient_moe.runtime.process.backend import ProcessBackend
 from resilient_moe.runtime.process.cluster import Cluster
-from resilient_moe.runtime.process.crew import START_S, Crew, WorkerFailed
+from resilient_moe.runtime.process.crew import START_S, Crew
 from resilient_moe.runtime.process.kv_copies import KVCopies
+from resilient_moe.runtime.process.mate import WorkerFailed
 from resilient_moe.runtime.process.rules import Limits
 from resilient_moe.runtime.process.signals import Signals
 from resilient_moe.runtime.process.watch import Watch

@@ -42,9 +42,17 @@ class Reply(NamedTuple):
 
 
 class Abort(NamedTuple):
-  """On `control`: end the collectives with these members."""
+  """On `control`: these members are gone; answer `Quiet` once all waits."""
 
   gone: tuple[Member, ...]
+
+
+class Quiet(NamedTuple):
+  """The answer: every thread sleeps, as all do whose peer is dead."""
+
+
+class Shut(NamedTuple):
+  """On `control`, once everybody is quiet: end the collectives."""
 
 
 class Strike(NamedTuple):

@@ -29,8 +29,10 @@ from resilient_moe.runtime.process.wire import (
   Call,
   Hello,
   Member,
+  Quiet,
   Reply,
   Setup,
+  Shut,
   Strike,
   Up,
   own_host,
@@ -127,13 +129,21 @@ class Worker:
     """What is mirrored here, once all that `ended` had sent is read."""
     return self._shard.records(ended)
 
+  def connections(self) -> int:
+    """Sockets of this process that meshes keep open."""
+    return self._shard.connections()
+
   def done(self) -> int:
     """All calls before this one are done; KV bytes streamed so far."""
     return self._shard.settled()
 
   def abort(self, gone: tuple[Member, ...]) -> None:
-    """Ends collectives with processes that are gone (control thread)."""
+    """Nobody waits for these any more, once all wait (control thread)."""
     self._shard.abort(gone)
+
+  def shut(self) -> None:
+    """Ends the collectives with processes that are gone."""
+    self._shard.shut()
 
 
 def serve(worker: Worker, work: Connection) -> None:
@@ -161,8 +171,13 @@ def _listen(worker: list[Worker], control: Connection) -> None:
       os._exit(ENDED)
     if isinstance(told, Strike):
       os.kill(os.getpid(), told.signal)
-    elif worker:
-      worker[0].abort(told.gone)
+    elif isinstance(told, Shut):
+      if worker:
+        worker[0].shut()
+    else:
+      if worker:
+        worker[0].abort(told.gone)
+      control.send(Quiet())
 
 
 def main(argv: list[str]) -> None:

@@ -19,7 +19,8 @@ import pytest
 
 from resilient_moe.runtime.process import crew as crew_lib
 from resilient_moe.runtime.process.cluster import Cluster
-from resilient_moe.runtime.process.crew import Crew, RanksGone, WorkerFailed
+from resilient_moe.runtime.process.crew import Crew
+from resilient_moe.runtime.process.mate import RanksGone, WorkerFailed
 from resilient_moe.runtime.process.rules import Limits
 from resilient_moe.runtime.process.watch import Watch
 from tests.runtime.process.harness import Marked
@@ -49,7 +50,7 @@ gone, told = [], []
 def listen():
   try:
     while True:
-      gone.extend(control.recv().gone)
+      gone.extend(getattr(control.recv(), 'gone', ()))
   except (EOFError, OSError):
     os._exit(3)
 

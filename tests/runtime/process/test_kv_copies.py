@@ -9,8 +9,8 @@ import pytest
 
 from resilient_moe.recovery.view import Tier
 from resilient_moe.runtime.process import kv_store
-from resilient_moe.runtime.process.crew import Answers
 from resilient_moe.runtime.process.kv_copies import HOST, KVCopies
+from resilient_moe.runtime.process.mate import Answers
 from resilient_moe.serving.backend import Placed
 from resilient_moe.serving.scheduler import Chunk, Row
 

@@ -41,6 +41,13 @@ Pair = tuple[socket.socket, socket.socket]
 Pairs = Callable[[], Pair]
 
 
+def abort(connections: Connections, gone: object) -> None:
+  """Both halves of an abort."""
+  connections.forsake(gone)  # type: ignore[arg-type]
+  connections.abort()
+
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_private_name_is_where_it_was(name: str) -> None:
   try:
@@ -89,7 +96,7 @@ def test_only_what_appears_while_a_mesh_is_made_is_shut(pairs: Pairs) -> None:
   made = connections.made_by(AB, pairs)
   after = pairs()
   assert connections.count() == 2
-  connections.abort([B])
+  abort(connections, [B])
   assert [is_shut(p[0]) for p in (before, made, after)] == [False, True, False]
   assert connections.count() == 0
 
@@ -99,7 +106,7 @@ def test_a_program_that_runs_again_makes_nothing_its_own(pairs: Pairs) -> None:
   connections.made_by(AB, pairs)
   other = connections.made_by(AB, pairs)
   assert connections.count() == 2
-  connections.abort([A])
+  abort(connections, [A])
   assert not is_shut(other[0])
 
 
@@ -107,7 +114,7 @@ def test_other_meshes_are_left_alone(pairs: Pairs) -> None:
   connections = Connections()
   first = connections.made_by(AB, pairs)
   second = connections.made_by(BC, pairs)
-  connections.abort([A])
+  abort(connections, [A])
   assert is_shut(first[0])
   assert not is_shut(second[0])
   assert connections.made_by(BC, lambda: "runs") == "runs"
@@ -117,12 +124,12 @@ def test_numbers_that_are_used_again_are_not_shut_twice(pairs: Pairs) -> None:
   connections = Connections()
   made = connections.made_by(AB, pairs)
   numbers = {end.fileno() for end in made}
-  connections.abort([A])
+  abort(connections, [A])
   for end in made:
     end.close()
   again = pairs()
   assert {end.fileno() for end in again} == numbers
-  connections.abort([B])
+  abort(connections, [B])
   assert not is_shut(again[0])
 
 
@@ -139,17 +146,17 @@ def test_a_socket_in_the_place_of_another_is_seen(pairs: Pairs) -> None:
 
   made = connections.made_by(AB, replace)
   assert {end.fileno() for end in made} == numbers
-  connections.abort([A])
+  abort(connections, [A])
   assert is_shut(made[0])
 
 
 def test_a_mesh_with_somebody_who_is_gone_is_not_tried(pairs: Pairs) -> None:
   connections = Connections()
   made = connections.made_by(BC, pairs)
-  connections.abort([A])
+  abort(connections, [A])
   with pytest.raises(ConnectionAbortedError, match=r"\[\(0, 0\)\] are gone"):
     connections.made_by(AB, lambda: pytest.fail("it would wait for ever"))
-  connections.abort([B])
+  abort(connections, [B])
   assert is_shut(made[0])
   with pytest.raises(ConnectionAbortedError):
     connections.made_by(BC, lambda: pytest.fail("its sockets are shut"))
@@ -172,9 +179,9 @@ def test_an_abort_reaches_connections_that_are_being_made(
   thread = threading.Thread(target=connections.made_by, args=(AB, run))
   thread.start()
   assert made.wait(WAIT_S)
-  connections.abort([C])
+  abort(connections, [C])
   assert read == [], "not one of these members"
-  connections.abort([B])
+  abort(connections, [B])
   thread.join(WAIT_S)
   assert read == [b""]
 
@@ -189,7 +196,7 @@ def test_what_fails_while_it_is_made_is_shut_later(pairs: Pairs) -> None:
 
   with pytest.raises(RuntimeError, match="as a collective does"):
     connections.made_by(AB, run)
-  connections.abort([A])
+  abort(connections, [A])
   assert is_shut(left[0][0])
 
 
@@ -199,12 +206,12 @@ def test_an_aborted_making_leaves_no_numbers_behind(pairs: Pairs) -> None:
 
   def run() -> None:
     left.append(pairs())
-    connections.abort([A])
+    abort(connections, [A])
 
   connections.made_by(AB, run)
   assert is_shut(left[0][0])
   for end in left[0]:
     end.close()
   again = pairs()
-  connections.abort([B])
+  abort(connections, [B])
   assert not is_shut(again[0])

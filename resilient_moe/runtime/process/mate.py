@@ -1,0 +1,84 @@
+"""One worker as the supervisor knows it, and what came back of a call."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+from multiprocessing import connection as mp
+from typing import Any
+
+from resilient_moe.runtime.process.wire import Member, Up
+
+
+class WorkerFailed(RuntimeError):
+  """A worker that lives could not do what it was asked to."""
+
+
+@dataclasses.dataclass
+class Answers:
+  """What came back of a call."""
+
+  values: dict[int, Any]  # by rank
+  errors: dict[int, str]
+  lost: tuple[int, ...]  # ranks of the call that are gone
+
+  def good(self) -> dict[int, Any]:
+    """The values, if everybody answered.
+
+    Raises:
+      RanksGone: somebody is gone.
+      WorkerFailed: somebody lives and failed.
+    """
+    if self.lost:
+      raise RanksGone(self.lost)
+    for rank, error in self.errors.items():
+      raise WorkerFailed(f"rank {rank}: {error}")
+    return self.values
+
+
+class RanksGone(Exception):
+  """A call could not be done: ranks that it needs are gone."""
+
+  def __init__(self, ranks: tuple[int, ...]) -> None:
+    super().__init__(f"rank(s) {list(ranks)} are gone")
+    self.ranks = ranks
+
+
+@dataclasses.dataclass
+class Mate:
+  """One worker process, seen from the supervisor."""
+
+  rank: int
+  incarnation: int
+  process: subprocess.Popen | None  # None: somebody else started it
+  work: mp.Connection | None = None
+  control: mp.Connection | None = None
+  up: Up | None = None
+  quiet: bool = True  # since it was told of the last death
+
+  @property
+  def member(self) -> Member:
+    return self.rank, self.incarnation
+
+
+def tell(mate: Mate, message: object) -> None:
+  """On the control connection; whoever is gone is noticed elsewhere."""
+  if mate.control is not None:
+    with contextlib.suppress(OSError):
+      mate.control.send(message)
+
+
+def kill(mate: Mate) -> None:
+  """A process of another host ends with its connections."""
+  if mate.process is not None:
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(mate.process.pid, signal.SIGKILL)
+  for end in (mate.work, mate.control):
+    if end is not None:
+      end.close()
+
+
+def ended(mate: Mate) -> bool:
+  """Whether its process is gone, and reaped."""
+  return mate.process is None or mate.process.poll() is not None
