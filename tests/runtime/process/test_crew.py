@@ -60,6 +60,7 @@ if setup == "exit":
   os._exit(7)
 if setup == "refuse":
   work.send(wire.Reply(0, 0, None, "no room"))
+  os._exit(1)
 responder = Responder.start(host, pathlib.Path(setup))
 up = wire.Up((host, 1), responder.port, responder.native, 1, 1, 1, {})
 work.send(wire.Reply(0, 0, up))
