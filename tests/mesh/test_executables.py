@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from resilient_moe.mesh import Executables, Source, ahead
+from resilient_moe.mesh import Executables, Source
 from resilient_moe.mesh.executables import read_shape, write_shape
+from resilient_moe.runtime import ahead
 from tests.mesh import shapes
 
 COMPILES = "/jax/core/compile/backend_compile_duration"
