@@ -12,7 +12,7 @@ that is not valid it prints the command that repeats it.
 
 336 kills in 120 cases. Expected: every verdict `true`, no request lost, no
 token repeated, none changed and all outputs exact but for `mask_experts`
-(which is lossy); some 50 minutes on 2 idle cores, half of it with
+(which is lossy); about an hour on 2 idle cores, half of it with
 `--config.seeds=0`.
 """
 

@@ -67,7 +67,9 @@ def test_ready_meshes_are_the_ones_a_single_loss_needs(policy):
     return
   fetched = [a for a in plan.resume if isinstance(a, rm.FetchExecutable)]
   for action in fetched:
-    assert action.absent in view.ready, "not ready, though likely"
+    # `not_ready` is there to show what that costs.
+    ready = action.absent in view.ready
+    assert ready == (policy.name != "not_ready"), "not ready, though likely"
 
 
 @pytest.mark.parametrize("kind", FAILURES)
