@@ -22,7 +22,7 @@ TOPS = (
 )
 DOOR = "door"  # resilient_moe/__init__.py itself
 CORE = {"recovery", "serving", "report", "faults"}
-ALL = CORE | {"model", "mesh", "runtime", "sim", "policies", "configs"}
+ALL = CORE | {"datapath", "model", "mesh", "runtime", "sim", "policies", "configs"}
 
 # Who may import whom. The order among the first four keeps them free of cycles.
 ARROWS: dict[str, set[str]] = {
@@ -30,9 +30,10 @@ ARROWS: dict[str, set[str]] = {
   "faults": {"recovery"},
   "report": {"recovery"},
   "serving": {"recovery", "faults", "report"},
+  "datapath": {"recovery"},
   "model": set(),
   "mesh": {"model", "recovery"},
-  "runtime": CORE | {"model", "mesh"},
+  "runtime": CORE | {"datapath", "model", "mesh"},
   "sim": set(CORE),
   "policies": CORE - {"faults"} | {DOOR},
   "configs": set(),
@@ -41,7 +42,9 @@ ARROWS: dict[str, set[str]] = {
   "tests": ALL | {"third_party", "experiments", DOOR},
   DOOR: ALL - {"policies", "configs"} | {"third_party"},
 }
-NO_JAX = ("recovery", "serving", "report", "sim", "policies", "faults")
+NO_JAX = (
+  "recovery", "serving", "report", "sim", "policies", "faults", "datapath",
+)  # fmt: skip
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "torch", "tensorflow"}
 MAX_LINES = 400
 

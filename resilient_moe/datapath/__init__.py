@@ -1,0 +1,1 @@
+"""How tokens travel between attention and expert ranks, without JAX."""
