@@ -55,7 +55,7 @@ class Commit:
 
   def __init__(self, shape: InstanceShape, context: int) -> None:
     device = models.devices(1)[0]
-    lowered = lower_rank_programs(shape, device)["commit0"]
+    lowered = lower_rank_programs(shape, device)["commit0"]()
     self._compiled = lowered.compile(compiler_options=compiler_options())
     options, config = shape.options, shape.config
     full = cache_shape(config, options)

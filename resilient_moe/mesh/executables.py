@@ -18,9 +18,13 @@ import jax
 from resilient_moe.mesh import relocate
 from resilient_moe.mesh.programs import (
   InstanceShape,
+  Lower,
   lower_rank_programs,
   lower_step,
 )
+
+# A family of one device's programs, by name; each is lowered when needed.
+LowerPrograms = Callable[[InstanceShape, jax.Device], dict[str, Lower]]
 
 
 class Source(enum.StrEnum):
@@ -83,19 +87,25 @@ class Executables:
 
   def rank_programs(self, device: jax.Device) -> dict[str, jax.stages.Compiled]:
     """The collective-free programs of one device."""
-    lowered = functools.cache(lambda: lower_rank_programs(self.shape, device))
-    at = lambda name: lowered()[name]
+    return self.programs(lower_rank_programs, device)
+
+  def programs(
+    self, lower: LowerPrograms, device: jax.Device
+  ) -> dict[str, jax.stages.Compiled]:
+    """A family of programs of one device."""
     return {
-      name: self._get(name, [device], functools.partial(at, name))[0]
-      for name in self._rank_names()
+      name: self._get(name, [device], lowered)[0]
+      for name, lowered in lower(self.shape, device).items()
     }
+
+  def has_programs(self, lower: LowerPrograms) -> bool:
+    """Whether a family can be had without compiling."""
+    names = lower(self.shape, jax.devices()[0])
+    return all(self._find(name) is not None for name in names)
 
   def has_rank_programs(self) -> bool:
     """Whether they can be had without compiling."""
-    return all(self._find(name) is not None for name in self._rank_names())
-
-  def _rank_names(self) -> list[str]:
-    return [f"commit{c}" for c in self.shape.chunks()] + ["write_slot"]
+    return self.has_programs(lower_rank_programs)
 
   def available(self, chunk: int, size: int) -> bool:
     """Whether a step over `size` ranks can be had without compiling."""
@@ -112,7 +122,7 @@ class Executables:
     self,
     name: str,
     devices: Sequence[jax.Device],
-    lower: Callable[[], jax.stages.Lowered],
+    lower: Lower,
   ) -> tuple[jax.stages.Compiled, Source]:
     key = (name, tuple(d.id for d in devices))
     if key in self._loaded:

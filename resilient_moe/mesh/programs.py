@@ -29,6 +29,7 @@ from resilient_moe.model.step import (
 )
 
 Tree = dict[str, Any]
+Lower = Callable[[], jax.stages.Lowered]  # lowers when it is needed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,31 +182,59 @@ def write_slot(experts: Tree, new: Tree, slot: jax.Array) -> Tree:
   return jax.tree.map(write, experts, new)
 
 
-def lower_rank_programs(
+def rank_shapes(
   shape: InstanceShape, device: jax.Device
-) -> dict[str, jax.stages.Lowered]:
-  """The collective-free programs of one device, by name."""
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """What one rank holds on its device: `cache`, and `experts` stacks."""
+  on = SingleDeviceSharding(device)
+  of = lambda s, t: jax.ShapeDtypeStruct(tuple(s), t, sharding=on)
+  cache = cache_shape(shape.config, shape.options)
+  return {
+    "cache": of(cache, shape.config.dtype),
+    "experts": jax.tree.map(
+      lambda s: of(s.shape, s.dtype), expert_shapes(shape, 1)
+    ),
+  }
+
+
+def lower_commit(
+  shape: InstanceShape, device: jax.Device, chunk: int
+) -> jax.stages.Lowered:
+  """Scatters the delta of a step of that width into the donated cache."""
   config, options = shape.config, shape.options
   on = SingleDeviceSharding(device)
   of = lambda s, t: jax.ShapeDtypeStruct(tuple(s), t, sharding=on)
-  cache = of(cache_shape(config, options), config.dtype)
-  experts = jax.tree.map(
-    lambda s: of(s.shape, s.dtype), expert_shapes(shape, 1)
+  fn = commit_chunk if chunk else commit_rows
+  heads, d = 2 * config.n_kv_heads, config.head_dim
+  delta = of(
+    (config.n_layers, 1, options.rows + chunk, heads, d), config.dtype
   )
+  ints = of((1, batch_width(options, chunk)), jnp.int32)
+  jitted = jax.jit(lambda *a: fn(options, *a), donate_argnums=0)
+  return jitted.lower(rank_shapes(shape, device)["cache"], delta, ints)
+
+
+def lower_write_slot(
+  shape: InstanceShape, device: jax.Device
+) -> jax.stages.Lowered:
+  """One expert's weights into the donated stacks."""
+  on = SingleDeviceSharding(device)
+  of = lambda s, t: jax.ShapeDtypeStruct(tuple(s), t, sharding=on)
+  experts = rank_shapes(shape, device)["experts"]
   one = jax.tree.map(
     lambda s: of((s.shape[0], *s.shape[3:]), s.dtype), experts
   )
-  heads, d = 2 * config.n_kv_heads, config.head_dim
-  lowered = {}
-  for chunk in shape.chunks():
-    commit = commit_chunk if chunk else commit_rows
-    delta = of((config.n_layers, 1, options.rows + chunk, heads, d),
-               config.dtype)  # fmt: skip
-    ints = of((1, batch_width(options, chunk)), jnp.int32)
-    fn = functools.partial(commit, options)
-    jitted = jax.jit(lambda *a, fn=fn: fn(*a), donate_argnums=0)
-    lowered[f"commit{chunk}"] = jitted.lower(cache, delta, ints)
-  lowered["write_slot"] = jax.jit(write_slot, donate_argnums=0).lower(
-    experts, one, of((), jnp.int32)
-  )
+  jitted = jax.jit(write_slot, donate_argnums=0)
+  return jitted.lower(experts, one, of((), jnp.int32))
+
+
+def lower_rank_programs(
+  shape: InstanceShape, device: jax.Device
+) -> dict[str, Lower]:
+  """The collective-free programs of one device, by name."""
+  lowered: dict[str, Lower] = {
+    f"commit{chunk}": functools.partial(lower_commit, shape, device, chunk)
+    for chunk in shape.chunks()
+  }
+  lowered["write_slot"] = functools.partial(lower_write_slot, shape, device)
   return lowered

@@ -45,17 +45,14 @@ def run_layers(
       x: jax.Array, scanned: tuple, experts: Any = experts, first: int = first
     ) -> tuple[jax.Array, tuple]:
       index, layer = scanned
-      before = lambda w, r: _before_attention(config, w, *r)
-      q, kv = rowwise(before, layer["attention"], (x, positions), row_block)
-      out = attend(first + index, q, kv)
-      after = lambda w, r: _after_attention(config, w, *r)
-      weights = (layer, masked)
-      x, h, choice = rowwise(after, weights, (x, out), row_block)
+      x, kv, h, choice = attend_layer(
+        config, layer, first + index, x, positions, masked, attend, row_block
+      )
       if experts is None:
         return x, (kv, {})
       chosen, gates, probabilities = choice
       y = exchange(experts, index, h, to_slots(chosen))
-      return _combine(x, y, gates), (
+      return combine(x, y, gates), (
         kv,
         _statistics(config, chosen, probabilities),
       )
@@ -66,6 +63,29 @@ def run_layers(
     stats.append(stat)
     first += n
   return x, jnp.concatenate(new_kv), stats[-1]
+
+
+def attend_layer(
+  config: ModelConfig,
+  layer: dict[str, Any],  # this layer's parameters, without experts
+  index: jax.Array,  # [] int32 the layer's number
+  x: jax.Array,  # [N, D]
+  positions: jax.Array,  # [N] int32
+  masked: jax.Array,  # [E] bool
+  attend: Attend,
+  row_block: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+  """A layer up to its experts.
+
+  Returns x [N, D], new KV [N, 2K, d], what the experts see [N, D], and the
+  router's choice (`router.route`), () for a dense layer.
+  """
+  before = lambda w, r: _before_attention(config, w, *r)
+  q, kv = rowwise(before, layer["attention"], (x, positions), row_block)
+  out = attend(index, q, kv)
+  after = lambda w, r: _after_attention(config, w, *r)
+  x, h, choice = rowwise(after, (layer, masked), (x, out), row_block)
+  return x, kv, h, choice
 
 
 def _without_experts(group: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +119,7 @@ def _after_attention(
   return x, h, choice
 
 
-def _combine(x: jax.Array, y: jax.Array, gates: jax.Array) -> jax.Array:
+def combine(x: jax.Array, y: jax.Array, gates: jax.Array) -> jax.Array:
   """Adds the k contributions in the router's order, [N, k, D] -> [N, D]."""
   total = y[:, 0] * gates[:, :1].astype(x.dtype)
   for j in range(1, y.shape[1]):

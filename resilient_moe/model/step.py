@@ -36,6 +36,14 @@ def cache_shape(config: ModelConfig, options: StepOptions) -> tuple[int, ...]:
   )  # fmt: skip
 
 
+def request_kv_shape(
+  config: ModelConfig, options: StepOptions
+) -> tuple[int, int, int, int]:
+  """KV of one request, [L, 2K, T, d]: a row of `cache_shape`."""
+  n_layers, _, _, heads, length, d = cache_shape(config, options)
+  return n_layers, heads, length, d
+
+
 def batch_width(options: StepOptions, chunk: int) -> int:
   """Int32 fields that describe one rank's part of a step."""
   return 4 * options.rows + CHUNK_FIELDS + chunk
@@ -59,7 +67,8 @@ def pack(
   return np.concatenate(parts, axis=1).astype(np.int32)
 
 
-def _unpack(options: StepOptions, ints: jax.Array) -> tuple[Tree, Tree]:
+def unpack(options: StepOptions, ints: jax.Array) -> tuple[Tree, Tree]:
+  """The decode rows' fields and the chunk's, of one rank's [width]."""
   b = options.rows
   rows = {
     "token": ints[:b],
@@ -97,14 +106,8 @@ def rank_step(
     tokens [1, B + 1] int32: sampled tokens of the decode rows and of the
     chunk's last position; they mean nothing for idle rows.
   """
-  rows, chunk = _unpack(options, ints[0])
-  n_chunk = chunk["tokens"].shape[0]
-  lanes = jnp.arange(n_chunk, dtype=jnp.int32)
-  tokens = jnp.concatenate([rows["token"], chunk["tokens"]])
-  live = jnp.concatenate([rows["position"] >= 0, lanes < chunk["length"]])
-  at = jnp.concatenate(
-    [jnp.maximum(rows["position"], 0), chunk["start"] + lanes]
-  )
+  rows, chunk = unpack(options, ints[0])
+  tokens, live, at = lanes(rows, chunk)
 
   def to_slots(chosen: jax.Array) -> jax.Array:
     me = jax.lax.axis_index(AXIS)
@@ -116,22 +119,45 @@ def rank_step(
 
   x, delta, _ = run_layers(
     config, _squeeze_experts(params), params["embed"][tokens], at,
-    routing["masked"], _attend_cached(options, cache[:, 0], rows, chunk),
+    routing["masked"], attend_cached(options, cache[:, 0], rows, chunk),
     make_exchange(options, n_ranks), to_slots, options.row_block,
   )  # fmt: skip
+  sampled = sample_lanes(config, options, params, x, rows, chunk)
+  return delta[:, None], sampled[None]
+
+
+def lanes(rows: Tree, chunk: Tree) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """A step's lanes, decode rows first: tokens, live, positions, all [N]."""
+  lane = jnp.arange(chunk["tokens"].shape[0], dtype=jnp.int32)
+  tokens = jnp.concatenate([rows["token"], chunk["tokens"]])
+  live = jnp.concatenate([rows["position"] >= 0, lane < chunk["length"]])
+  at = jnp.concatenate(
+    [jnp.maximum(rows["position"], 0), chunk["start"] + lane]
+  )
+  return tokens, live, at
+
+
+def sample_lanes(
+  config: ModelConfig,
+  options: StepOptions,
+  params: Tree,
+  x: jax.Array,  # [N, D] after the last layer
+  rows: Tree,
+  chunk: Tree,
+) -> jax.Array:
+  """Sampled tokens of the decode rows and of the chunk's end, [B + 1]."""
   last = options.rows + jnp.maximum(chunk["length"] - 1, 0)
-  if n_chunk:
+  if chunk["tokens"].shape[0]:
     x_last = jnp.concatenate([x[: options.rows], x[last][None]])
   else:
     x_last = jnp.concatenate([x, jnp.zeros((1, x.shape[1]), x.dtype)])
   logits = unembed(config, params, x_last, options.row_block)
-  sampled = sample(
+  return sample(
     logits,
     jnp.append(rows["seed"], chunk["seed"]),
     jnp.append(rows["position"], chunk["start"] + chunk["length"] - 1) + 1,
     jnp.append(rows["temperature"], chunk["temperature"]),
   )
-  return delta[:, None], sampled[None]
 
 
 def _squeeze_experts(params: Tree) -> Tree:
@@ -145,7 +171,7 @@ def _squeeze_experts(params: Tree) -> Tree:
   return {**params, "groups": groups}
 
 
-def _attend_cached(
+def attend_cached(
   options: StepOptions, cache: jax.Array, rows: Tree, chunk: Tree
 ) -> Attend:
   """Decode rows attend their own slots, the chunk attends its request's."""
@@ -227,7 +253,7 @@ def commit_chunk(
   The chunk's whole width is written: what lies behind its length is behind
   the request's last position and is overwritten before it is read.
   """
-  _, chunk = _unpack(options, ints[0])
+  _, chunk = unpack(options, ints[0])
   cache = commit_rows(options, cache, delta, ints)
   new = jnp.swapaxes(delta[:, 0, options.rows :], 1, 2)[:, None, None]
   zero = jnp.int32(0)

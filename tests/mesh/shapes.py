@@ -23,6 +23,12 @@ def instance(slots: int = 2, **options) -> InstanceShape:
   return InstanceShape(CONFIG, changed, slots=slots, copies=2)
 
 
+def instance_of(slots: int, **changes) -> InstanceShape:
+  """An instance of another model."""
+  config = dataclasses.replace(CONFIG, **changes)
+  return InstanceShape(config, OPTIONS, slots=slots, copies=2)
+
+
 def step(shape: InstanceShape, mesh: Mesh | AbstractMesh, chunk: int):
   """The jitted step over a mesh with or without devices, and its shapes."""
   n = mesh.size

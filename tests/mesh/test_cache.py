@@ -28,7 +28,7 @@ def _heads(shape: programs.InstanceShape) -> tuple[int, int]:
 def test_commit_writes_into_the_same_memory(chunk):
   shape = shapes.instance()
   lowered = programs.lower_rank_programs(shape, jax.devices()[0])
-  commit = lowered[f"commit{chunk}"].compile()
+  commit = lowered[f"commit{chunk}"]().compile()
   cache, delta, ints = on_device(shape, chunk)
   cache = commit(cache, delta, ints)  # was NumPy's memory, maybe
   pointer = cache.unsafe_buffer_pointer()
@@ -57,7 +57,7 @@ def test_step_needs_no_memory_for_the_cache_that_is_not_used(chunk, ids):
 def test_commit_needs_no_memory_for_it_either(chunk):
   shape = shapes.instance(max_len=LONG)
   lowered = programs.lower_rank_programs(shape, jax.devices()[0])
-  memory = lowered[f"commit{chunk}"].compile().memory_analysis()
+  memory = lowered[f"commit{chunk}"]().compile().memory_analysis()
   size = np.prod(cache_shape(shape.config, shape.options)) * 4
   assert memory.alias_size_in_bytes >= size
   assert memory.temp_size_in_bytes < 0.05 * size

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from resilient_moe.mesh import programs
+from resilient_moe.mesh import programs, split_programs
 from resilient_moe.model.config import DISPATCHES
 from tests.mesh import shapes
 
@@ -41,9 +41,22 @@ def test_logical_step_lowers_for_one_accelerator(dispatch):
   assert not any(name in text for name in COLLECTIVE.values())
 
 
-def test_rank_programs_lower_for_accelerators(monkeypatch):
-  """Through `lower_rank_programs`, so that a new program is found."""
-  exported = {}
+FAMILIES = {
+  programs.lower_rank_programs: {"commit0", "commit8", "write_slot"},
+  split_programs.lower_attention_programs: {
+    f"{name}{chunk}"
+    for name in ("begin", "go_on", "finish", "commit")
+    for chunk in (0, 8)
+  },
+  split_programs.lower_expert_programs: {
+    "experts16", "experts64", "write_slot",
+  },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lower", FAMILIES)
+def test_one_device_s_programs_lower_for_accelerators(lower, monkeypatch):
+  """Through the function that lists them, so that a new program is found."""
 
   class Exporting:
     def __init__(self, jitted):
@@ -57,11 +70,13 @@ def test_rank_programs_lower_for_accelerators(monkeypatch):
 
   jit = jax.jit
   monkeypatch.setattr(jax, "jit", lambda *a, **k: Exporting(jit(*a, **k)))
-  exported = programs.lower_rank_programs(shapes.instance(), jax.devices()[0])
+  exported = lower(shapes.instance(), jax.devices()[0])
+  assert set(exported) == FAMILIES[lower]
+  made = [each() for each in exported.values()]
   monkeypatch.undo()
-  assert set(exported) == {"commit0", "commit8", "write_slot"}
-  for each in exported.values():
-    check(each)
+  for each in made:
+    text = check(each)
+    assert not any(name in text for name in COLLECTIVE.values())
 
 
 def test_ten_thousand_ranks_lower_in_the_work_of_eight():

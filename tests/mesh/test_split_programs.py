@@ -1,0 +1,85 @@
+"""A step that is cut at its experts has the bits of the whole one."""
+
+import jax
+import numpy as np
+import pytest
+from tests.mesh import shapes
+
+from resilient_moe.mesh import programs, split_programs
+from resilient_moe.model.step import batch_width
+
+DENSE_FIRST = {"dense_layers": 1, "dense_width": 24, "shared_width": 16}
+
+
+def compiled(lower, shape) -> dict:
+  found = lower(shape, jax.devices()[0])
+  return {name: lowered().compile() for name, lowered in found.items()}
+
+
+def batch(shape, chunk: int) -> np.ndarray:
+  """Both rows decode, and a chunk of 5 is prefilled."""
+  options = shape.options
+  b = options.rows
+  ints = np.zeros((1, batch_width(options, chunk)), np.int32)
+  ints[0, :b] = [7, 9]
+  ints[0, b : 2 * b] = [3, -1] if chunk else [3, 6]
+  if chunk:
+    ints[0, 4 * b : 4 * b + 3] = 2, 5, 1
+    ints[0, 4 * b + 5 : 4 * b + 10] = [1, 2, 3, 4, 5]
+  return ints
+
+
+def split_step(shape, ready, params, cache, ints, chunk, experts) -> tuple:
+  """One attention rank and one expert rank with all experts, by hand."""
+  config = shape.config
+  masked = np.zeros(config.n_experts, bool)
+  midway, kv = ready[f"begin{chunk}"](params, cache, masked, ints)
+  new = [kv]
+  for layer in range(config.moe_layers):
+    chosen = np.asarray(midway.chosen)
+    n, k = chosen.shape
+    bucket = next(m for m in split_programs.buckets(shape) if m >= n * k)
+    rows = np.zeros((bucket, config.d_model), np.float32)
+    rows[:n] = midway.h
+    token, slot = np.zeros(bucket, np.int32), np.full(bucket, shape.slots)
+    token[: n * k] = np.arange(n * k) // k
+    slot[: n * k] = chosen.reshape(-1)
+    y = ready[f"experts{bucket}"](
+      experts, np.int32(layer), rows, token, slot.astype(np.int32)
+    )
+    y = np.asarray(y)[: n * k].reshape(n, k, -1)
+    if layer + 1 < config.moe_layers:
+      midway, kv = ready[f"go_on{chunk}"](
+        params, cache, masked, ints, np.int32(layer + 1), midway.x,
+        midway.gates, y,
+      )  # fmt: skip
+      new.append(kv)
+  return ready[f"finish{chunk}"](
+    params, ints, midway.x, midway.gates, y, tuple(new)
+  )
+
+
+@pytest.mark.parametrize("chunk", [0, 8])
+@pytest.mark.parametrize("dense_first", [False, True])
+def test_bits_are_those_of_the_whole_step(chunk, dense_first):
+  changes = DENSE_FIRST if dense_first else {}
+  shape = shapes.instance_of(slots=6, **changes)
+  params, cache, routing, _ = shapes.values(shape, 1, chunk)
+  ints = batch(shape, chunk)
+  whole = programs.lower_step(shape, jax.devices()[:1], chunk).compile()
+  delta, tokens = whole(params, cache, routing, ints)
+  ready = compiled(split_programs.lower_attention_programs, shape)
+  ready |= compiled(split_programs.lower_expert_programs, shape)
+  *rest, last = params["groups"]
+  experts = last["moe"]["experts"]
+  moe = {k: v for k, v in last["moe"].items() if k != "experts"}
+  dense = {**params, "groups": [*rest, {**last, "moe": moe}]}
+  got, said = split_step(shape, ready, dense, cache, ints, chunk, experts)
+  lanes = [0, *range(2, 7)] if chunk else [0, 1]
+  np.testing.assert_array_equal(
+    np.asarray(got)[:, :, lanes], np.asarray(delta)[:, :, lanes]
+  )
+  live = [0, 2] if chunk else [0, 1]
+  np.testing.assert_array_equal(
+    np.asarray(said)[0, live], np.asarray(tokens)[0, live]
+  )
