@@ -31,6 +31,7 @@ from resilient_moe.recovery.compose import compose
 from resilient_moe.recovery.explain import explain, explain_plan
 from resilient_moe.recovery.failures import (
   Failure,
+  LinkLost,
   RanksLeaving,
   RanksLost,
   Straggler,
@@ -39,6 +40,7 @@ from resilient_moe.recovery.packing import routing_table
 from resilient_moe.recovery.placement import place
 from resilient_moe.recovery.plan import Plan, check, ordered
 from resilient_moe.recovery.policy import (
+  DEPLOYMENTS,
   Infeasible,
   RecoveryPolicy,
   Standing,
@@ -96,6 +98,7 @@ __all__ = [
   "Action",
   "ClusterView",
   "CopyExperts",
+  "DEPLOYMENTS",
   "Cost",
   "FailRequests",
   "Failure",
@@ -105,6 +108,7 @@ __all__ = [
   "IllegalPlan",
   "Infeasible",
   "LaunchRank",
+  "LinkLost",
   "MaskExperts",
   "Move",
   "Plan",

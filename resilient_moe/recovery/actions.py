@@ -146,7 +146,11 @@ class FailRequests(Action):
 
 @dataclasses.dataclass(frozen=True)
 class SwitchRole(Action):
-  """An attention rank becomes an expert rank, or back."""
+  """An attention rank becomes an expert rank, or back.
+
+  Requests on it are handed over before they can go on; its KV is readable
+  until then. Experts that it held are gone when it attends.
+  """
 
   rank: int
   role: Role

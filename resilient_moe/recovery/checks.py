@@ -32,6 +32,11 @@ def request_ranks(view: ClusterView) -> np.ndarray:
   return view.mesh[view.role[view.mesh] != Role.EXPERT]
 
 
+def uncovered(view: ClusterView) -> np.ndarray:
+  """Experts that nobody serves though no mask hides them, [.] int64."""
+  return np.flatnonzero(~view.masked & (view.table.copies() == 0))
+
+
 def plannable(view: ClusterView) -> str | None:
   """Why no plan can start from this view; None if one can."""
   return _mesh_fault(view) or _slots_fault(view) or _requests_fault(view)
@@ -143,7 +148,7 @@ def _members_fault(view: ClusterView) -> str | None:
     i = (status != Status.SERVING).argmax()
     return f"rank {view.mesh[i]} in the mesh is {Status(status[i]).name}"
   name = absent(view.launched, view.mesh)
-  if view.executable != name:
+  if not view.disaggregated and view.executable != name:
     have = None if view.executable is None else sorted(view.executable)
     return f"the executable is of mesh {have}, the mesh is {sorted(name)}"
   return None
@@ -166,7 +171,7 @@ def _coverage_fault(view: ClusterView) -> str | None:
   live = int((~view.masked).sum())
   if live < view.top_k:
     return f"{live} experts are not masked; a token needs {view.top_k}"
-  missing = np.flatnonzero(~view.masked & (view.table.copies() == 0))
+  missing = uncovered(view)
   if len(missing):
     return f"expert {missing[0]} has 0 live slots and is not masked"
   rank = view.table.entries[:, :, 0]

@@ -12,12 +12,19 @@ import numpy as np
 
 from resilient_moe.recovery import actions as act
 from resilient_moe.recovery.checks import expert_ranks
-from resilient_moe.recovery.failures import Failure, RanksLost, Straggler
-from resilient_moe.recovery.growth import grow, next_meshes
+from resilient_moe.recovery.failures import (
+  Failure,
+  LinkLost,
+  RanksLost,
+  Straggler,
+)
+from resilient_moe.recovery.growth import back_to_attention, grow, next_meshes
+from resilient_moe.recovery.links import cut_off
 from resilient_moe.recovery.packing import routing_table
 from resilient_moe.recovery.placement import place
 from resilient_moe.recovery.plan import Plan
 from resilient_moe.recovery.policy import (
+  DEPLOYMENTS,
   Infeasible,
   RecoveryPolicy,
   Standing,
@@ -41,15 +48,29 @@ class Reserve(NamedTuple):
   ready: tuple[frozenset[int], ...]  # meshes to make ready
 
 
+Leaving = tuple[int, ...]
+
+
+def no_switch(view: ClusterView, leaving: Leaving) -> Actions:
+  """Everybody keeps the role that it has."""
+  del view, leaving
+  return ()
+
+
 class Ranks(NamedTuple):
-  """Who serves: `mesh` of the left-over view and the ranks that leave."""
+  """Who serves, from the left-over view and the ranks that leave.
+
+  `switch` comes first: role switches; `mesh` sees the view after them.
+  """
 
   reserve: Callable[[ClusterView], Reserve]
-  mesh: Callable[[ClusterView, tuple[int, ...]], np.ndarray | Infeasible]
+  mesh: Callable[[ClusterView, Leaving], np.ndarray | Infeasible]
+  switch: Callable[[ClusterView, Leaving], Actions | Infeasible] = no_switch
   spares: int = 0
   restart: bool = False  # the plan is one RestartInstance
   cache: bool = False  # executables are kept on disk
   replace: bool = False  # launch a replacement behind traffic
+  deployments: tuple[str, ...] = DEPLOYMENTS
 
 
 def nothing(view: ClusterView) -> Actions:
@@ -89,11 +110,13 @@ def compose(
   *,
   drain_stragglers: bool = False,
   rearm: bool = False,
+  deployments: tuple[str, ...] = DEPLOYMENTS,
 ) -> RecoveryPolicy:
   """A policy from one choice on each axis.
 
   `drain_stragglers` treats a slow rank like one that leaves. `rearm` makes
-  the meshes of the next single losses ready behind traffic.
+  the meshes of the next single losses ready behind traffic. `deployments`:
+  where it is meant to be used, of those that the ranks axis can.
   """
 
   def prepare(view: ClusterView) -> Standing:
@@ -105,6 +128,13 @@ def compose(
         f"stragglers are tolerated: rank {failure.rank} is "
         f"{failure.slowdown:.1f} times slower"
       )
+    if isinstance(failure, LinkLost):
+      if not len(cut_off(view, failure)):
+        return Infeasible(
+          f"no need: all experts of rank {failure.expert} have another copy "
+          f"that rank {failure.attention} can reach"
+        )
+      failure = RanksLost((failure.expert,))  # of no use to all of them
     plan = _recover(view, failure, ranks, experts, requests)
     if isinstance(plan, Infeasible) or not rearm or ranks.restart:
       return plan
@@ -118,6 +148,7 @@ def compose(
     lossless=experts.lossless,
     fails_requests=requests.fails_requests,
     spares=ranks.spares,
+    deployments=tuple(d for d in deployments if d in ranks.deployments),
   )
 
 
@@ -168,6 +199,10 @@ def _recover(
   dead = named if isinstance(failure, RanksLost) else ()
   left = lose(view, dead)
   leaving = () if dead else tuple(r for r in named if left.alive()[r])
+  switch = ranks.switch(left, leaving)
+  if isinstance(switch, Infeasible):
+    return switch
+  left = advance_all(left, switch)
   mesh = ranks.mesh(left, leaving)
   if isinstance(mesh, Infeasible):
     return mesh
@@ -176,7 +211,7 @@ def _recover(
   fencing: Actions = (act.Fence(fence),) if fence else ()
   if ranks.restart:
     return _restart_plan(view, fencing, leaving, mesh, ranks.cache)
-  meshing = fencing + _meshing(left, mesh)
+  meshing = fencing + switch + _meshing(left, mesh)
   after = advance_all(view, meshing)
   weights = experts.resume(after)
   if isinstance(weights, Infeasible):
@@ -187,6 +222,7 @@ def _recover(
   repair += experts.repair(advance_all(after, weights + moved + repair))
   if ranks.replace:
     repair += grow(advance_all(view, resume + repair))
+    repair += back_to_attention(advance_all(view, resume + repair))
   return Plan(resume, repair, _paused(view, resume, moved))
 
 
@@ -205,6 +241,8 @@ def _meshing(left: ClusterView, mesh: np.ndarray) -> Actions:
   """The actions that make `mesh` serve, if it doesn't already."""
   name = absent(left.launched, mesh)
   same = np.array_equal(mesh, left.mesh)
+  if left.disaggregated:  # programs belong to ranks, not to meshes
+    return () if same else (act.RebuildMesh(tuple(mesh.tolist())),)
   if same and left.executable == name:
     return ()
   fetch = act.FetchExecutable(name)
@@ -214,13 +252,16 @@ def _meshing(left: ClusterView, mesh: np.ndarray) -> Actions:
 def _paused(
   view: ClusterView, resume: Actions, moved: Actions
 ) -> tuple[str, ...]:
-  """Who waits for `resume`: those who move; all if the collective stops.
+  """Who waits for `resume`: those who move; all if nobody can step.
 
   A collocated mesh steps as one: while it changes, nobody's token comes.
+  Where roles are apart, experts that have to be copied first stop all.
   """
   table = view.requests
   stops = any(not isinstance(action, act.Fence) for action in resume)
-  if stops and (view.role[view.mesh] == Role.COLLOCATED).any():
+  if view.disaggregated:
+    stops = any(isinstance(action, act.CopyExperts) for action in resume)
+  if stops:
     pairs = zip(table.request_id, (table.rank >= 0).tolist(), strict=True)
     return tuple(name for name, running in pairs if running)
   names = {n for a in moved for n in getattr(a, "requests", ())}

@@ -14,7 +14,7 @@ from resilient_moe.recovery.rescue import (
   replicate,
   retable,
 )
-from resilient_moe.recovery.view import ClusterView
+from resilient_moe.recovery.view import ClusterView, Role
 
 
 def nearest(host_weights: bool = True) -> Experts:
@@ -33,12 +33,14 @@ def replicas(
   shadows: bool = False,
   load: np.ndarray | None = None,
   host_weights: bool = True,
+  copy_lost: bool = True,
 ) -> Experts:
   """A second copy of `count` experts (the most loaded first) on other ranks.
 
   They serve (or, as `shadows`, hold weights only) and are promoted by a table
-  change; what has none is copied from the nearest tier. Redundancy is
-  restored behind traffic, into empty slots.
+  change; what has none is copied from the nearest tier, or not at all without
+  `copy_lost`: then this is infeasible. Redundancy is restored behind traffic,
+  into empty slots.
   """
   if count != "all" and (not isinstance(count, int) or count < 0):
     raise ValueError(f"replicas={count!r}; choices: 'all' or a number >= 0")
@@ -56,9 +58,15 @@ def replicas(
       return copies
     return (*copies, act.RemapExperts(retable(view, moves)))
 
+  def resume(view: ClusterView) -> Actions | Infeasible:
+    lost = len(lost_experts(view))
+    if lost and not copy_lost:
+      return Infeasible(f"{lost} experts have lost their last copy")
+    return _copy_lost(view)
+
   return Experts(
     extra=extra,
-    resume=_copy_lost,
+    resume=resume,
     repair=repair,
     copies=1 if shadows else 2,
     load=load,
@@ -66,13 +74,20 @@ def replicas(
   )
 
 
-def mask(min_live: int = 0, host_weights: bool = True) -> Experts:
+def mask(
+  min_live: int = 0, host_weights: bool = True, min_ranks: int = 0
+) -> Experts:
   """Lost experts are hidden at once, and copied back behind traffic.
 
-  Needs at least `min_live` experts left (never fewer than a token needs).
+  Needs at least `min_live` experts left (never fewer than a token needs), of
+  an instance launched with at least `min_ranks` expert ranks.
   """
 
   def resume(view: ClusterView) -> Actions | Infeasible:
+    launched = np.array(view.launched, np.int64)
+    ranks = int((view.home[launched] != Role.ATTENTION).sum())
+    if ranks < min_ranks:
+      return Infeasible(f"{ranks} expert ranks; masking needs {min_ranks}")
     lost = lost_experts(view)
     readable = np.isin(lost, view.slots[view.alive()])  # with who leaves
     hidden = lost[~readable]

@@ -29,4 +29,16 @@ class Straggler:
   slowdown: float
 
 
-Failure = RanksLost | RanksLeaving | Straggler
+@dataclasses.dataclass(frozen=True)
+class LinkLost:
+  """An attention rank can't reach an expert rank, while both live."""
+
+  attention: int
+  expert: int
+
+  @property
+  def ranks(self) -> tuple[int, ...]:
+    return (self.attention, self.expert)
+
+
+Failure = RanksLost | RanksLeaving | Straggler | LinkLost

@@ -3,9 +3,17 @@
 import numpy as np
 
 from resilient_moe.recovery import actions as act
-from resilient_moe.recovery.rescue import copies_from
+from resilient_moe.recovery.checks import expert_ranks, servable
+from resilient_moe.recovery.rescue import (
+  assign,
+  copies_from,
+  lost_experts,
+  retable,
+)
+from resilient_moe.recovery.semantics import advance, advance_all
 from resilient_moe.recovery.view import (
   ClusterView,
+  Role,
   RoutingTable,
   Status,
   absent,
@@ -31,6 +39,39 @@ def grow(view: ClusterView) -> tuple[act.Action, ...]:
   return (*launch, *copies, *join, act.RemapExperts(table))
 
 
+def back_to_attention(view: ClusterView) -> tuple[act.Action, ...]:
+  """Ranks that had to take experts over attend again, if others can hold them.
+
+  For a view in which replacements serve, but hold nothing yet.
+  """
+  actions: tuple[act.Action, ...] = ()
+  switched = (view.home == Role.ATTENTION) & (view.role == Role.EXPERT)
+  for rank in np.flatnonzero(switched & (view.status == Status.SERVING)):
+    move = _emptying(view, int(rank))
+    if not move:
+      break
+    actions += move
+    view = advance_all(view, move)
+  return actions
+
+
+def _emptying(view: ClusterView, rank: int) -> tuple[act.Action, ...]:
+  """The experts of `rank` into slots elsewhere, then its old role."""
+  switch = act.SwitchRole(rank, Role.ATTENTION)
+  without = advance(view, switch)
+  moves = assign(without, lost_experts(without))
+  copies = copies_from(view, moves) if not isinstance(moves, str) else moves
+  if isinstance(moves, str) or isinstance(copies, str):
+    return ()
+  route = act.RemapExperts(retable(without, moves))
+  actions = (*copies, route, switch)
+  for action in actions:
+    view = advance(view, action)
+    if servable(view):  # a serving copy would have to make room
+      return ()
+  return actions
+
+
 def _shares(
   view: ClusterView, coming: list[int]
 ) -> tuple[tuple[act.Move, ...], RoutingTable]:
@@ -39,11 +80,13 @@ def _shares(
   served = np.bincount(
     entries[:, :, 0][entries[:, :, 0] >= 0], minlength=len(view.status)
   )
-  even = int(served.sum()) // (len(view.mesh) + len(coming))
+  coming = [r for r in coming if view.role[r] != Role.ATTENTION]
+  holders = expert_ranks(view)
+  even = int(served.sum()) // (len(holders) + len(coming) or 1)
   moves: list[act.Move] = []
   for rank in coming:
     for slot in range(min(even, view.slots_per_rank)):
-      donor = view.mesh[served[view.mesh].argmax()]
+      donor = holders[served[holders].argmax()]
       hers = (entries[:, :, 0] == donor) & ~_on(entries, rank)[:, None]
       if not hers.any():
         break
@@ -61,7 +104,12 @@ def _on(entries: np.ndarray, rank: int) -> np.ndarray:
 
 
 def next_meshes(view: ClusterView) -> tuple[act.Action, ...]:
-  """Makes the meshes of the next single losses ready, unless they are."""
+  """Makes the meshes of the next single losses ready, unless they are.
+
+  Where roles are apart no program belongs to a mesh.
+  """
+  if view.disaggregated:
+    return ()
   mesh = view.mesh.tolist()
   names = [absent(view.launched, [m for m in mesh if m != r]) for r in mesh]
   wanted = [n for n in names if n not in view.ready and len(mesh) > 1]

@@ -19,6 +19,8 @@ from resilient_moe.recovery.failures import Failure
 from resilient_moe.recovery.plan import Plan, check
 from resilient_moe.recovery.view import ClusterView, RoutingTable
 
+DEPLOYMENTS = ("collocated", "disaggregated")
+
 
 @dataclasses.dataclass(frozen=True)
 class Infeasible:
@@ -58,6 +60,7 @@ class RecoveryPolicy:
   lossless: bool = True  # every finished request has its fault-free tokens
   fails_requests: bool = False  # may end requests for the client to retry
   spares: int = 0  # devices kept beside the mesh
+  deployments: tuple[str, ...] = DEPLOYMENTS  # where it can be used
 
 
 def recover_checked(
@@ -119,10 +122,15 @@ def _union(
     lossless=all(p.lossless for p in policies),
     fails_requests=any(p.fails_requests for p in policies),
     spares=max(p.spares for p in policies),
+    deployments=tuple(
+      d for d in DEPLOYMENTS if any(d in p.deployments for p in policies)
+    ),
   )
 
 
-def first_feasible(*policies: RecoveryPolicy) -> RecoveryPolicy:
+def first_feasible(
+  *policies: RecoveryPolicy, name: str = ""
+) -> RecoveryPolicy:
   """Asks the policies in turn; the first plan is taken.
 
   It stands as the first policy does, with the largest reserve (slots, rows,
@@ -139,7 +147,8 @@ def first_feasible(*policies: RecoveryPolicy) -> RecoveryPolicy:
       reasons.append(f"{policy.name}: {plan.reason}")
     return Infeasible("; ".join(reasons))
 
-  return _union(policies, "+".join(p.name for p in policies), recover)
+  joined = name or "+".join(p.name for p in policies)
+  return _union(policies, joined, recover)
 
 
 def cheapest(

@@ -4,9 +4,11 @@ import itertools
 
 import numpy as np
 
+from resilient_moe.recovery import actions as act
 from resilient_moe.recovery.checks import expert_ranks, request_ranks
 from resilient_moe.recovery.compose import Ranks, Reserve
-from resilient_moe.recovery.policy import Infeasible
+from resilient_moe.recovery.packing import slots_needed
+from resilient_moe.recovery.policy import DEPLOYMENTS, Infeasible
 from resilient_moe.recovery.view import (
   ClusterView,
   Role,
@@ -78,6 +80,8 @@ def spare(count: int = 1, ready: str = "singles") -> Ranks:
   def mesh(
     view: ClusterView, leaving: tuple[int, ...]
   ) -> np.ndarray | Infeasible:
+    if view.disaggregated:
+      return Infeasible("a spare has no role where attention and experts differ")
     left = _members(view, leaving)
     free = np.flatnonzero(view.status == Status.SPARE)
     free = np.setdiff1d(free, leaving)[: len(view.launched) - len(left)]
@@ -86,13 +90,62 @@ def spare(count: int = 1, ready: str = "singles") -> Ranks:
     name = absent(view.launched, np.append(left, free))
     return mesh_named(view.launched, name)
 
-  return Ranks(reserve, mesh, spares=count)
+  return Ranks(reserve, mesh, spares=count, deployments=DEPLOYMENTS[:1])
+
+
+def role_switch(losses: int = 1, replace: bool = False) -> Ranks:
+  """An attention rank takes the place of a lost expert rank.
+
+  Only where no free slots are left for its experts; the one with the fewest
+  requests, as long as another one attends. Rows are kept for `losses`
+  attention ranks, slots for none.
+  """
+
+  def reserve(view: ClusterView) -> Reserve:
+    return Reserve(0, _lost_rows(view, losses), ())
+
+  return Ranks(
+    reserve, _who_is_left, switch=_switch, replace=replace,
+    deployments=DEPLOYMENTS[1:],
+  )  # fmt: skip
+
+
+def _switch(
+  view: ClusterView, leaving: tuple[int, ...]
+) -> tuple[act.Action, ...] | Infeasible:
+  """As many attention ranks as the slots of lost experts need."""
+  if not view.disaggregated:
+    return Infeasible("every rank does attention and experts: no role to switch")
+  holders = np.setdiff1d(expert_ranks(view), leaving)
+  holders = holders[view.status[holders] == Status.SERVING]
+  held = view.slots[holders]
+  homeless = view.n_experts - len(np.unique(held[held >= 0]))
+  short = homeless - int((held < 0).sum())
+  needed = slots_needed(max(short, 0), max(view.slots_per_rank, 1))
+  attend = np.setdiff1d(request_ranks(view), leaving)
+  attend = attend[view.status[attend] == Status.SERVING]
+  sitting = view.requests.rank[view.requests.rank >= 0]
+  seated = np.bincount(sitting, minlength=len(view.status))[attend]
+  emptiest = attend[np.argsort(seated, kind="stable")]
+  return tuple(
+    act.SwitchRole(int(rank), Role.EXPERT)
+    for rank in emptiest[: min(needed, len(attend) - 1)]
+  )
+
+
+def _lost_rows(view: ClusterView, losses: int) -> int:
+  """Attention ranks whose rows are kept; one must be left."""
+  attend = len(request_ranks(view))
+  return min(losses, attend - 1) if view.disaggregated else losses
 
 
 def _reserve(view: ClusterView, losses: int, ready: str) -> Reserve:
-  n = min(len(expert_ranks(view)), len(request_ranks(view)))
+  n = len(expert_ranks(view))
   if not 0 <= losses < n and losses:
     raise ValueError(f"losses={losses}: of {n} ranks at most {n - 1} may go")
+  if view.disaggregated:
+    _known_ready(ready)
+    return Reserve(losses, _lost_rows(view, losses), ())
   together = {"none": 0, "singles": min(losses, 1), "all": losses}
   names = (
     frozenset(gone)

@@ -97,13 +97,30 @@ def _fetch(view: ClusterView, action: act.FetchExecutable) -> ClusterView:
 
 
 def _switch_role(view: ClusterView, action: act.SwitchRole) -> ClusterView:
+  """Who stops attending keeps its KV until its requests have moved."""
+  if not view.disaggregated or action.role == Role.COLLOCATED:
+    raise IllegalPlan(
+      f"rank {action.rank} can't become {Role(action.role).name}: roles are "
+      "switched between ATTENTION and EXPERT, where they are apart"
+    )
   rank = int(known(view, (action.rank,))[0])
   if not view.alive()[rank]:
     status = Status(view.status[rank]).name
     raise IllegalPlan(f"rank {rank} is {status}; only a live one switches")
   role = view.role.copy()
   role[rank] = Role(action.role)
-  return dataclasses.replace(view, role=sealed(role, np.int8))
+  view = dataclasses.replace(view, role=sealed(role, np.int8))
+  return _emptied(view, rank) if action.role == Role.ATTENTION else view
+
+
+def _emptied(view: ClusterView, rank: int) -> ClusterView:
+  """Who attends holds no experts."""
+  gone = np.zeros(len(view.status), bool)
+  gone[rank] = True
+  slots = np.where(gone[:, None], -1, view.slots)
+  return dataclasses.replace(
+    view, slots=sealed(slots, np.int32), table=without(view.table, gone)
+  )
 
 
 def _launch(view: ClusterView, action: act.LaunchRank) -> ClusterView:

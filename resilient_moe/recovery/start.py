@@ -34,19 +34,25 @@ def bare_view(
   expert_bytes: int = 1 << 20,
   token_kv_bytes: int = 1 << 10,
   on_disk: bool = True,
+  attention: int = 0,
 ) -> ClusterView:
   """What `prepare` gets: N = ranks + spares, no slots, no requests.
 
   0 ranks per host puts all on one host, 0 hosts per rack all in one rack.
+  The first `attention` ranks do attention and the others hold experts; 0:
+  every rank does both.
   """
   n = ranks + spares
   rank = np.arange(n)
   host = rank // (ranks_per_host or n)
   status = np.where(rank < ranks, Status.SERVING, Status.SPARE)
+  role = np.where(rank < attention, Role.ATTENTION, Role.EXPERT)
+  role = sealed(role if attention else 0 * rank, np.int8)
   return ClusterView(
     epoch=0,
     status=sealed(status, np.int8),
-    role=sealed(np.full(n, Role.COLLOCATED), np.int8),
+    role=role,
+    home=role,
     host=sealed(host, np.int32),
     rack=sealed(host // (hosts_per_rack or n), np.int32),
     launched=tuple(range(ranks)),

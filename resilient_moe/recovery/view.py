@@ -88,6 +88,7 @@ class ClusterView:
   epoch: int
   status: np.ndarray  # [N] int8 Status
   role: np.ndarray  # [N] int8 Role
+  home: np.ndarray  # [N] int8 Role that each rank was started in
   host: np.ndarray  # [N] int32 failure domain: host
   rack: np.ndarray  # [N] int32 failure domain: rack
   launched: tuple[int, ...]  # the ranks of the first mesh
@@ -114,6 +115,11 @@ class ClusterView:
   def slots_per_rank(self) -> int:
     return int(self.slots.shape[1])
 
+  @property
+  def disaggregated(self) -> bool:
+    """Attention and experts are apart: no program spans two ranks."""
+    return bool((self.role != Role.COLLOCATED).any())
+
   def alive(self) -> np.ndarray:
     """[N] bool: the rank's memory may be read."""
     return (self.status == Status.SERVING) | (self.status == Status.SPARE)
@@ -121,7 +127,7 @@ class ClusterView:
   def free_rows(self) -> np.ndarray:
     """[N] int32: KV rows free on each rank (0 on ranks outside the mesh)."""
     free = np.zeros(self.status.shape, np.int32)
-    free[self.mesh] = self.rows_per_rank
+    free[self.mesh[self.role[self.mesh] != Role.EXPERT]] = self.rows_per_rank
     held = self.requests.rank[self.requests.rank >= 0]
     np.subtract.at(free, held, 1)
     free[self.status != Status.SERVING] = 0

@@ -25,10 +25,17 @@ SIZES = {
   },
 }
 
+# The same where attention and experts are on different ranks.
+APART = {
+  "1+2x4": {"ranks": 3, "attention": 1, "experts": 4},
+  "2+4x8": {"ranks": 6, "attention": 2, "experts": 8},
+  "3+5x16": {"ranks": 8, "attention": 3, "experts": 16},
+}
+
 
 def serving(policy: rm.RecoveryPolicy, size: str, requests: int = 0):
   """The view in mid-decode that `policy` has prepared; 2 requests a rank."""
-  kwargs = SIZES[size]
+  kwargs = (SIZES | APART)[size]
   view = rm.bare_view(spares=policy.spares, **kwargs)
   return rm.start(policy, view, requests or 2 * kwargs["ranks"])
 

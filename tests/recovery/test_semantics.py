@@ -47,7 +47,9 @@ EXAMPLES = {
   ),
   rm.Requeue: lambda: (start(), rm.Requeue(("r0003",))),
   rm.FailRequests: lambda: (start(), rm.FailRequests(("r0003",))),
-  rm.SwitchRole: lambda: (start(), rm.SwitchRole(3, rm.Role.EXPERT)),
+  rm.SwitchRole: lambda: (
+    start(size="2+4x8"), rm.SwitchRole(1, rm.Role.EXPERT)
+  ),
   rm.LaunchRank: lambda: (shrunk(start()), rm.LaunchRank(3)),
   rm.Rejoin: lambda: (
     rm.advance(shrunk(start()), rm.LaunchRank(3)),

@@ -14,6 +14,7 @@ from resilient_moe import recovery as rm
 SEEDS = (
   [int(os.environ["RMOE_SEED"])] if "RMOE_SEED" in os.environ else range(120)
 )
+FAILURES = 8  # in a life
 POLICIES = [n for n in rm.policy_names() if n != "none"]
 
 
@@ -103,15 +104,21 @@ def requests_kept(before, after, policy):
 
 
 def live(seed):
+  """Goes from failure to failure.
+
+  Returns:
+    How many there were, and what came last: a view, or an `Infeasible`.
+  """
   rng = np.random.default_rng(seed)
   policy, view = random_start(rng)
   assert rm.servable(view) is None
+  end = view
   failure, view = random_failure(rng, view)
-  for _ in range(8):
+  for count in range(1, FAILURES + 1):
     plan = rm.recover_checked(policy, view, failure)
     if isinstance(plan, rm.Infeasible):
       if isinstance(failure, rm.RanksLost):
-        return  # nobody is next in line
+        return count, plan  # nobody is next in line
       failure, view = random_failure(rng, view)
       continue
     steps = rm.ordered(plan.resume) + rm.ordered(plan.repair)
@@ -130,7 +137,9 @@ def live(seed):
     if stop >= len(plan.resume):
       view = decoded(rng, view)
       assert rm.servable(view) is None
+    end = view
     failure, view = random_failure(rng, view)
+  return count, end
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -139,4 +148,9 @@ def test_a_random_life(seed):
     "repeat: "
     f"RMOE_SEED={seed} .venv/bin/python -m pytest {os.path.relpath(__file__)}"
   )
-  live(seed)
+  count, end = live(seed)
+  if isinstance(end, rm.Infeasible):
+    assert end.reason, "a policy that gives up says why"
+  else:
+    assert count == FAILURES
+    assert (end.status != rm.Status.LOST).any(), "somebody is left"
