@@ -19,6 +19,7 @@ input (one line on stderr, nothing written); 130 when interrupted.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shlex
@@ -187,17 +188,12 @@ def _conclude(
 def _lines(
   workdir: pathlib.Path, jobs: Sequence[cases.Job], argv: Sequence[str]
 ) -> list[campaign_table.Line]:
-  """Every case, measured from its history and that of its seed's twin."""
-  twins: dict[int, list[report.Event] | None] = {}
-  for job in jobs:
-    if job.case.policy == cases.TWIN:
-      folder = workdir / job.place
-      # A twin that failed proves nothing.
-      failed = sweep.error_of(folder) is not None
-      twins[job.case.seed] = None if failed else sweep.events_of(folder)
+  """Every case, measured from its history and that of its twin."""
+  of_twin = functools.cache(_of_twin)
   lines = []
   for job in _judged(jobs):
-    folder, twin = workdir / job.place, twins[job.case.seed]
+    folder = workdir / job.place
+    twin = of_twin(sweep.twin_folder(workdir, job.twin_place))
     events, verdict = sweep.events_of(folder) or [], sweep.verdict_of(folder)
     command = repeat_command(argv, workdir, job.place)
     try:
@@ -209,6 +205,13 @@ def _lines(
       line = campaign_table.line_of(job.case, [], twin, unknown, command)
     lines.append(line)
   return lines
+
+
+def _of_twin(folder: pathlib.Path) -> list[report.Event] | None:
+  """The history of a twin; one that failed proves nothing."""
+  if sweep.error_of(folder) is not None:
+    return None
+  return sweep.events_of(folder)
 
 
 def _origin(

@@ -17,15 +17,17 @@ import resilient_moe
 from experiments.settings import BY_SCENARIO, NO_FAULTS, Settings
 from resilient_moe.faults import (
   PROCESS_KINDS,
-  SCENARIOS,
   Fault,
+  check_roles,
   parse_schedule,
   scenario,
+  scenario_names,
 )
 from resilient_moe.recovery import load
 from resilient_moe.runtime.case import Case
 from resilient_moe.runtime.process.cluster import Cluster
 from resilient_moe.runtime.process.rules import Limits
+from resilient_moe.runtime.split.options import ExchangeOptions
 from resilient_moe.serving.request import Request
 from resilient_moe.serving.scheduler import refusal
 from resilient_moe.serving.workload import make_requests
@@ -91,6 +93,8 @@ def jobs(settings: Settings) -> list[Job]:
           runtime=settings.runtime,
           deployment=settings.deployment,
           ranks=settings.ranks,
+          attention=_attention(settings),
+          exchange=settings.exchange,
           options=settings.options,
           requests=requests,
           faults=() if policy == TWIN else faults,
@@ -194,16 +198,19 @@ def _kwargs(settings: Settings, policy: str) -> Mapping[str, Any]:
 
 def _check_workloads(settings: Settings) -> None:
   for name in settings.workloads:
-    if name not in SCENARIOS:
+    known = scenario_names(_attention(settings))
+    if name not in known:
       raise ValueError(
         f"config.workloads.{name}: unknown scenario; choices: "
-        f"{', '.join(SCENARIOS)}"
+        f"{', '.join(known)}"
       )
 
 
 def _check_processes(settings: Settings) -> None:
   """What the process runtime is told about its workers."""
-  for key, kind in (("detector", Limits), ("cluster", Cluster)):
+  for key, kind in (
+    ("detector", Limits), ("cluster", Cluster), ("exchange", ExchangeOptions),
+  ):  # fmt: skip
     given = getattr(settings, key)
     known = [field.name for field in dataclasses.fields(kind)]
     for name in given:
@@ -215,6 +222,24 @@ def _check_processes(settings: Settings) -> None:
       kind(**given)
     except (TypeError, ValueError) as error:
       raise ValueError(f"config.{key}: {error}") from error
+
+
+def _attention(settings: Settings) -> int:
+  """How many of the ranks do attention only; 0: all do everything."""
+  if settings.deployment != "disaggregated":
+    if settings.attention:
+      raise ValueError(
+        f"config.attention={settings.attention} with config.deployment="
+        f"{settings.deployment}: choices: 0, or deployment=disaggregated"
+      )
+    return 0
+  attention = settings.attention or max(1, settings.ranks // 3)
+  if attention >= settings.ranks:
+    raise ValueError(
+      f"config.attention={attention} of {settings.ranks} ranks: at most "
+      f"{settings.ranks - 1}, the others hold the experts"
+    )
+  return attention
 
 
 def _check_policies(settings: Settings) -> None:
@@ -289,9 +314,11 @@ def _faults(settings: Settings, name: str, seed: int) -> tuple[Fault, ...]:
       at_step=settings.fault_step,
       rank=None if settings.fault_rank < 0 else settings.fault_rank,
       after_ready=settings.fault_after_ready,
+      attention=_attention(settings),
     )
   else:
     faults = parse_schedule(settings.faults, ranks)
+  check_roles(faults, _attention(settings), ranks)
   for fault in faults:
     if fault.kind in PROCESS_KINDS and settings.runtime != "process":
       raise ValueError(

@@ -34,6 +34,10 @@ class Settings:
     runtime: where the ranks live.
     deployment: which ranks do what.
     ranks: members of the expert-parallel group.
+    attention: of them, ranks that do attention only, where the deployment is
+      disaggregated; the others hold experts. 0: a third of them.
+    exchange: fields of `runtime.split.options.ExchangeOptions` (dedup, stores,
+      late_s, ...), for a disaggregated deployment.
     options: fields of `model.StepOptions`.
     policy_kwargs: by policy, arguments of its `make`.
     faults: `scenario`, `none` (nothing breaks), or a list of faults as
@@ -64,6 +68,8 @@ class Settings:
   runtime: str = "emulated"
   deployment: str = "collocated"
   ranks: int = 8
+  attention: int = 0
+  exchange: dict[str, Any] = dataclasses.field(default_factory=dict)
   options: dict[str, Any] = dataclasses.field(default_factory=dict)
   policy_kwargs: dict[str, dict[str, Any]] = dataclasses.field(
     default_factory=dict
@@ -245,10 +251,12 @@ def _leaves(
 
 
 _READERS: dict[str, Callable[[str, Any], Any]] = {
+  "attention": _integer(0),
   "checkpoint": _text,
   "cluster": _table,
   "deployment": _text,
   "detector": _table,
+  "exchange": _table,
   "fault_after_ready": _truth,
   "fault_rank": _integer(-1),
   "fault_step": _integer(0),

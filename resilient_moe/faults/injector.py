@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterable
 
+from resilient_moe.faults.check import LINK_KINDS
 from resilient_moe.faults.parse import parse_schedule
 from resilient_moe.faults.schedule import Fault, Moment, Schedule, due
 
@@ -104,6 +105,8 @@ class Injector:
     ranks = tuple(rank for rank in fault.ranks if rank not in self._lost)
     if ranks == fault.ranks:
       return fault
+    if fault.kind in LINK_KINDS:
+      return None  # one end is gone, and the link with it
     return dataclasses.replace(fault, ranks=ranks) if ranks else None
 
   def _note(self, fault: Fault, t_s: float) -> None:

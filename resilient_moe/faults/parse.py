@@ -4,12 +4,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from resilient_moe.faults.schedule import (
-  RANKLESS_KINDS,
-  Fault,
-  Schedule,
-  check_ranks,
-)
+from resilient_moe.faults.check import RANKLESS_KINDS
+from resilient_moe.faults.schedule import Fault, Schedule, check_ranks
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Fault))
 

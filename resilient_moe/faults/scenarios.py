@@ -1,15 +1,15 @@
-"""Named scenarios: the same faults for tests, benchmarks and tables.
+"""The scenarios of any deployment.
 
-`at_step` says when the first fault strikes and `rank` whom; without a rank the
-seed draws one, so that a table over several seeds covers several ranks.
+They do not know which rank does what (`split` has those that do): where not all
+do the same, one that takes several ranks may take all of a role.
 """
 
-import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from resilient_moe.faults import processes
 from resilient_moe.faults.schedule import Fault, Schedule
+from resilient_moe.faults.setting import Scenario, Setting
 
 GAP_STEPS = 10  # between losses that come one after another
 WINDOW_STEPS = 40  # in which a random fault strikes
@@ -18,84 +18,9 @@ SLOWDOWN = 4.0  # of a straggler
 KILLS, MANY_KILLS = 5, 20  # of the scenarios that do not stop
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-  """What a scenario is made for."""
-
-  ranks: int
-  seed: int
-  at_step: int
-  rank: int  # the first to be struck
-
-  def after(self, distance: int) -> int:
-    """The rank `distance` places further round the ring."""
-    return (self.rank + distance) % self.ranks
-
-
-@dataclasses.dataclass(frozen=True)
-class Scenario:
-  """A named recipe for a schedule; the docstring of `make` describes it."""
-
-  make: Callable[[Setting], Schedule]
-  tags: frozenset[str]
-  min_ranks: int  # so that the ranks struck differ and one survives
-
-  @property
-  def about(self) -> str:
-    """What happens, in a sentence."""
-    return (self.make.__doc__ or "").strip().split("\n")[0]
-
-
 def ring_neighbour(rank: int, ranks: int) -> int:
   """The rank that holds another's KV checkpoint when a peer does."""
   return (rank + 1) % ranks
-
-
-def scenario(
-  name: str,
-  ranks: int,
-  seed: int = 0,
-  *,
-  at_step: int = 20,
-  rank: int | None = None,
-  after_ready: bool = False,
-) -> Schedule:
-  """The schedule of a named scenario.
-
-  Args:
-    name: one of `SCENARIOS`.
-    ranks: how many ranks serve.
-    seed: draws what is not given.
-    at_step: when the first fault may strike.
-    rank: whom it strikes first; drawn when not given.
-    after_ready: each fault waits for readiness, as in `Fault`.
-
-  Returns:
-    The schedule.
-  """
-  if name not in SCENARIOS:
-    raise ValueError(
-      f"unknown scenario {name!r}; choose from {', '.join(SCENARIOS)}"
-    )
-  chosen = SCENARIOS[name]
-  if ranks < chosen.min_ranks:
-    raise ValueError(
-      f"scenario {name!r} needs at least {chosen.min_ranks} ranks, not {ranks}"
-    )
-  if rank is None:
-    rank = random.Random(f"scenario/{seed}").randrange(ranks)
-  elif not 0 <= rank < ranks:
-    raise ValueError(
-      f"rank {rank} is out of range; {ranks} ranks have ids 0 to {ranks - 1}"
-    )
-  schedule = chosen.make(Setting(ranks, seed, at_step, rank))
-  if after_ready:
-    # Inside a recovery the next meshes are not ready yet: no wait for those.
-    schedule = tuple(
-      dataclasses.replace(fault, after_ready=fault.during_recovery is None)
-      for fault in schedule
-    )
-  return schedule
 
 
 def none(setting: Setting) -> Schedule:
@@ -191,11 +116,18 @@ def killed_twenty_times(setting: Setting) -> Schedule:
 def _one_by_one(setting: Setting, kills: int) -> Schedule:
   rng = random.Random(f"scenario/again/{setting.seed}")
   ranks = [setting.rank, *rng.choices(range(setting.ranks), k=kills - 1)]
+  return one_when_ready(ranks, setting.at_step, rng)
+
+
+def one_when_ready(
+  ranks: Sequence[int], at_step: int, rng: random.Random
+) -> Schedule:
+  """One loss after the other, at drawn steps, each once all are back."""
   return tuple(
     Fault(
       "rank_lost",
       (rank,),
-      at_step=setting.at_step + index * GAP_STEPS + rng.randint(0, GAP_STEPS),
+      at_step=at_step + index * GAP_STEPS + rng.randint(0, GAP_STEPS),
       after_ready=True,
     )
     for index, rank in enumerate(ranks)

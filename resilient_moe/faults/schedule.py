@@ -6,22 +6,9 @@ schedule drives the emulated, the process and the simulated runtime.
 """
 
 import dataclasses
-import math
 from collections.abc import Collection
 
-KINDS = (
-  "rank_lost",
-  "rank_leaving",
-  "straggler",
-  "rank_stuck",
-  "store_lost",
-  "supervisor_lost",
-)
-# Only real processes can be stopped, or killed beside the ranks.
-PROCESS_KINDS = ("rank_stuck", "store_lost", "supervisor_lost")
-RANKLESS_KINDS = ("store_lost", "supervisor_lost")
-PHASES = ("any", "decode", "prefill")
-TRIGGERS = ("at_step", "at_s", "at_tokens")
+from resilient_moe.faults.check import check_fault
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +24,12 @@ class Fault:
       warning; they are lost `deadline_s` seconds later, unless drained by
       then), `straggler` (they work on, `slowdown` times slower), `rank_stuck`
       (their processes are stopped; their memory stays), `store_lost` (the
-      process with the KV checkpoints is killed) or `supervisor_lost`. The last
-      three need real processes (`PROCESS_KINDS`).
-    ranks: whom it strikes, all at once; () for the store and the supervisor.
+      process with the KV checkpoints is killed), `supervisor_lost`, `link_cut`
+      (nothing passes any more between two ranks that live) or `link_slow` (it
+      arrives `delay_s` seconds later). `PROCESS_KINDS` need real processes,
+      `LINK_KINDS` a disaggregated deployment.
+    ranks: whom it strikes, all at once; (attention rank, expert rank) of a
+      link; () for the store and the supervisor.
     at_step: steps that the engine has committed.
     at_s: seconds on the run's clock.
     at_tokens: tokens emitted so far, over all requests.
@@ -47,12 +37,18 @@ class Fault:
       prefill; `any` does not care.
     deadline_s: how long the warning of `rank_leaving` is.
     slowdown: how much slower a straggler is, more than 1.
-    resume_s: seconds after which stuck ranks go on, more than 0; None: never.
+    resume_s: seconds after which stuck ranks go on, or a link works as before,
+      more than 0; None: never.
     during_recovery: strikes inside a recovery, once this many of its actions
       have been executed. A recovery with fewer actions is left alone.
     after_ready: waits until the meshes that the policy keeps ready are ready
       and, on real processes, repairs are done. What strikes ends that, so of
       several that wait only the first strikes; the others wait again.
+    delay_s: how much later arrives what passes a slow link, more than 0.
+    inside: the part of a step in which a lost or stuck rank is struck, if the
+      deployment is disaggregated: its `attention`, its `experts` compute, or
+      the `exchange`, where an attention rank waits for answers and an expert
+      rank has a parcel and has not computed. None: any moment.
   """
 
   kind: str
@@ -66,11 +62,11 @@ class Fault:
   resume_s: float | None = None
   during_recovery: int | None = None
   after_ready: bool = False
+  delay_s: float | None = None
+  inside: str | None = None
 
   def __post_init__(self) -> None:
-    _check_kind(self)
-    _check_list_of_ranks(self)
-    _check_trigger(self)
+    check_fault(self)
 
 
 Schedule = tuple[Fault, ...]
@@ -128,93 +124,8 @@ def _strikes(fault: Fault, moment: Moment) -> bool:
     return done is not None and done >= fault.during_recovery
   if moment.recovery_actions is not None:
     # No step runs in a recovery, so only the clock can bring a fault into it.
-    return fault.at_s is not None and fault.phase == "any"
+    anywhere = fault.phase == "any" and fault.inside is None
+    return fault.at_s is not None and anywhere
   if fault.phase == "any":
     return True
   return moment.in_prefill == (fault.phase == "prefill")
-
-
-def _check_kind(fault: Fault) -> None:
-  """The kind is known and carries its own number, and no other kind's."""
-  if fault.kind not in KINDS:
-    raise ValueError(
-      f"unknown kind of fault {fault.kind!r}; choose from {', '.join(KINDS)}"
-    )
-  for kind, field, low, needed in (
-    ("rank_leaving", "deadline_s", 0.0, True),
-    ("straggler", "slowdown", 1.0, True),
-    ("rank_stuck", "resume_s", 0.0, False),
-  ):
-    value = getattr(fault, field)
-    if fault.kind != kind:
-      if value is not None:
-        raise ValueError(
-          f"fault {fault.kind!r}: {field}={value!r} belongs to {kind!r} only"
-        )
-    elif (needed or value is not None) and not _is_number(value, above=low):
-      raise ValueError(
-        f"fault {kind!r}: {field} is {value!r}; needed is a number above {low}"
-      )
-
-
-def _check_list_of_ranks(fault: Fault) -> None:
-  """At least one rank, none negative, none twice; or none at all."""
-  ranks = fault.ranks
-  if fault.kind in RANKLESS_KINDS:
-    if ranks != ():
-      raise ValueError(
-        f"fault {fault.kind!r}: ranks is {ranks!r}; it strikes no rank, so "
-        "needed is ()"
-      )
-    return
-  if not isinstance(ranks, tuple) or not ranks:
-    raise ValueError(f"ranks is {ranks!r}; needed is a tuple of rank ids")
-  for rank in ranks:
-    if not _is_count(rank):
-      raise ValueError(f"rank {rank!r} is not a rank id (an integer from 0)")
-  if len(set(ranks)) < len(ranks):
-    raise ValueError(f"ranks {ranks} names a rank twice")
-
-
-def _check_trigger(fault: Fault) -> None:
-  """One moment (or a recovery), in range, and a phase that can come."""
-  given = [name for name in TRIGGERS if getattr(fault, name) is not None]
-  if len(given) > 1 or not (given or fault.during_recovery is not None):
-    raise ValueError(
-      f"fault {fault.kind!r} has {len(given)} triggers "
-      f"({', '.join(given) or 'none'}); give exactly one of "
-      f"{', '.join(TRIGGERS)} (during_recovery may stand alone)"
-    )
-  for name in ("at_step", "at_tokens", "during_recovery"):
-    value = getattr(fault, name)
-    if value is not None and not _is_count(value):
-      raise ValueError(f"{name} is {value!r}; needed is an integer from 0")
-  at_s = fault.at_s
-  if at_s is not None and not (_is_number(at_s) and at_s >= 0):
-    raise ValueError(f"at_s is {at_s!r}; needed is a number from 0")
-  if fault.phase not in PHASES:
-    raise ValueError(
-      f"unknown phase {fault.phase!r}; choose from {', '.join(PHASES)}"
-    )
-  if fault.during_recovery is not None and fault.phase != "any":
-    raise ValueError(
-      f"phase {fault.phase!r} with during_recovery={fault.during_recovery}: "
-      "no step runs in a recovery; the phase there is 'any'"
-    )
-  if not isinstance(fault.after_ready, bool):
-    raise ValueError(
-      f"after_ready is {fault.after_ready!r}; choose from True, False"
-    )
-
-
-def _is_count(value: object) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: object, above: float = -math.inf) -> bool:
-  return (
-    isinstance(value, int | float)
-    and not isinstance(value, bool)
-    and math.isfinite(value)
-    and value > above
-  )

@@ -98,6 +98,14 @@ class Executables:
       for name, lowered in lower(self.shape, device).items()
     }
 
+  def compile_family(
+    self, lower: LowerPrograms, name: str, device: jax.Device
+  ) -> None:
+    """Puts one program of a family in the store."""
+    if self._find(name) is None:
+      compiled = self._compile(lower(self.shape, device)[name]())
+      self._keep(name, compiled, [device])
+
   def has_programs(self, lower: LowerPrograms) -> bool:
     """Whether a family can be had without compiling."""
     names = lower(self.shape, jax.devices()[0])

@@ -27,6 +27,7 @@ from resilient_moe.recovery.actions import (
   Verify,
 )
 from resilient_moe.recovery.checks import IllegalPlan
+from resilient_moe.recovery.combine import cheapest, first_feasible
 from resilient_moe.recovery.compose import compose
 from resilient_moe.recovery.explain import explain, explain_plan
 from resilient_moe.recovery.failures import (
@@ -44,9 +45,8 @@ from resilient_moe.recovery.policy import (
   Infeasible,
   RecoveryPolicy,
   Standing,
-  cheapest,
-  first_feasible,
   load,
+  misplaced,
   policy_names,
   recover_checked,
 )
@@ -151,6 +151,7 @@ __all__ = [
   "lose",
   "lost_experts",
   "mesh_named",
+  "misplaced",
   "nearest_tier",
   "no_requests",
   "ordered",

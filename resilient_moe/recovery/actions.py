@@ -7,8 +7,9 @@ a plan is derived from that (`plan.py`). Four interpreters give it meaning:
 `execute` (does it, on real arrays). A new action needs an entry in each; the
 contract tests run over `ACTIONS`.
 
-Resources: `epoch`, `process`, `role`, `mesh`, `executable`, `slots`, `table`,
-`mask`, `kv`, `queue`, `service` (that a canary can be served).
+Resources: `epoch`, `process`, `role` (who may hold experts), `seats` (who may
+hold requests), `mesh`, `executable`, `slots`, `table`, `mask`, `kv`, `queue`,
+`service` (that a canary can be served).
 """
 
 import dataclasses
@@ -112,7 +113,7 @@ class RestoreKV(Action):
   requests: tuple[str, ...]
   to: tuple[int, ...]
   tier: Tier
-  reads: ClassVar[Resources] = _names("epoch", "mesh")
+  reads: ClassVar[Resources] = _names("epoch", "mesh", "seats")
   writes: ClassVar[Resources] = _names("kv")
 
 
@@ -122,7 +123,7 @@ class RecomputePrefix(Action):
 
   requests: tuple[str, ...]
   to: tuple[int, ...]
-  reads: ClassVar[Resources] = _names("epoch", "mesh")
+  reads: ClassVar[Resources] = _names("epoch", "mesh", "seats")
   writes: ClassVar[Resources] = _names("kv")
 
 
@@ -154,8 +155,18 @@ class SwitchRole(Action):
 
   rank: int
   role: Role
-  reads: ClassVar[Resources] = _names("epoch")
-  writes: ClassVar[Resources] = _names("role")
+
+  @property
+  def reads(self) -> Resources:  # type: ignore[override]  # by direction
+    """Who attends again first has its experts read and routed elsewhere."""
+    if self.role == Role.ATTENTION:
+      return _names("epoch", "slots", "table")
+    return _names("epoch")
+
+  @property
+  def writes(self) -> Resources:  # type: ignore[override]
+    """Copies wait for their rank, requests for one that attends."""
+    return _names("seats" if self.role == Role.ATTENTION else "role")
 
 
 @dataclasses.dataclass(frozen=True)

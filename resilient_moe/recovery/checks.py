@@ -148,9 +148,19 @@ def _members_fault(view: ClusterView) -> str | None:
     i = (status != Status.SERVING).argmax()
     return f"rank {view.mesh[i]} in the mesh is {Status(status[i]).name}"
   name = absent(view.launched, view.mesh)
-  if not view.disaggregated and view.executable != name:
+  if view.disaggregated:  # no program belongs to the mesh
+    return _roles_fault(view)
+  if view.executable != name:
     have = None if view.executable is None else sorted(view.executable)
     return f"the executable is of mesh {have}, the mesh is {sorted(name)}"
+  return None
+
+
+def _roles_fault(view: ClusterView) -> str | None:
+  for ranks, work in ((request_ranks(view), "requests"),
+                      (expert_ranks(view), "experts")):  # fmt: skip
+    if not len(ranks):
+      return f"0 of {len(view.mesh)} ranks in the mesh are for {work}"
   return None
 
 

@@ -5,20 +5,25 @@ from the view that has it, got by `advance`, so that what they say fits
 whatever came before: also the middle of an abandoned recovery.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 
 from resilient_moe.recovery import actions as act
 from resilient_moe.recovery.checks import expert_ranks
+from resilient_moe.recovery.choices import (
+  Actions,
+  Experts,
+  Ranks,
+  Requests,
+)
 from resilient_moe.recovery.failures import (
   Failure,
   LinkLost,
   RanksLost,
   Straggler,
 )
-from resilient_moe.recovery.growth import back_to_attention, grow, next_meshes
+from resilient_moe.recovery.growth import next_meshes, regrow
 from resilient_moe.recovery.links import cut_off
 from resilient_moe.recovery.packing import routing_table
 from resilient_moe.recovery.placement import place
@@ -28,6 +33,7 @@ from resilient_moe.recovery.policy import (
   Infeasible,
   RecoveryPolicy,
   Standing,
+  misplaced,
 )
 from resilient_moe.recovery.semantics import advance_all, lose
 from resilient_moe.recovery.view import (
@@ -36,70 +42,6 @@ from resilient_moe.recovery.view import (
   Status,
   absent,
 )
-
-Actions = tuple[act.Action, ...]
-
-
-class Reserve(NamedTuple):
-  """What the ranks axis keeps for the losses it promises to survive."""
-
-  lost_expert_ranks: int  # how many fewer ranks the experts must fit on
-  lost_request_ranks: int  # the same for the rows of the requests
-  ready: tuple[frozenset[int], ...]  # meshes to make ready
-
-
-Leaving = tuple[int, ...]
-
-
-def no_switch(view: ClusterView, leaving: Leaving) -> Actions:
-  """Everybody keeps the role that it has."""
-  del view, leaving
-  return ()
-
-
-class Ranks(NamedTuple):
-  """Who serves, from the left-over view and the ranks that leave.
-
-  `switch` comes first: role switches; `mesh` sees the view after them.
-  """
-
-  reserve: Callable[[ClusterView], Reserve]
-  mesh: Callable[[ClusterView, Leaving], np.ndarray | Infeasible]
-  switch: Callable[[ClusterView, Leaving], Actions | Infeasible] = no_switch
-  spares: int = 0
-  restart: bool = False  # the plan is one RestartInstance
-  cache: bool = False  # executables are kept on disk
-  replace: bool = False  # launch a replacement behind traffic
-  deployments: tuple[str, ...] = DEPLOYMENTS
-
-
-def nothing(view: ClusterView) -> Actions:
-  """No action."""
-  del view
-  return ()
-
-
-class Experts(NamedTuple):
-  """Where experts come from: actions on the view with its new mesh.
-
-  `repair` gets the view after `resume`, with those who leave fenced.
-  """
-
-  extra: Callable[[int], int]  # E -> copies kept beside the first ones
-  resume: Callable[[ClusterView], Actions | Infeasible]
-  repair: Callable[[ClusterView], Actions] = nothing
-  copies: int = 1  # table entries an expert
-  load: np.ndarray | None = None  # [E] who gets an extra copy first
-  host_weights: bool = False
-  lossless: bool = True
-
-
-class Requests(NamedTuple):
-  """How displaced requests go on: actions on the view with its new mesh."""
-
-  plan: Callable[[ClusterView], Actions]
-  checkpoint: str = "none"
-  fails_requests: bool = False
 
 
 def compose(
@@ -118,17 +60,25 @@ def compose(
   the meshes of the next single losses ready behind traffic. `deployments`:
   where it is meant to be used, of those that the ranks axis can.
   """
+  where = tuple(d for d in deployments if d in ranks.deployments)
 
   def prepare(view: ClusterView) -> Standing:
+    reason = misplaced(name, where, view)
+    if reason:
+      raise ValueError(reason)
     return _standing(view, ranks, experts, requests)
 
   def recover(view: ClusterView, failure: Failure) -> Plan | Infeasible:
+    reason = misplaced(name, where, view)
+    if reason:
+      return Infeasible(reason)
     if isinstance(failure, Straggler) and not drain_stragglers:
       return Infeasible(
         f"stragglers are tolerated: rank {failure.rank} is "
         f"{failure.slowdown:.1f} times slower"
       )
     if isinstance(failure, LinkLost):
+      _ranks_of(view, failure)
       if not len(cut_off(view, failure)):
         return Infeasible(
           f"no need: all experts of rank {failure.expert} have another copy "
@@ -148,7 +98,7 @@ def compose(
     lossless=experts.lossless,
     fails_requests=requests.fails_requests,
     spares=ranks.spares,
-    deployments=tuple(d for d in deployments if d in ranks.deployments),
+    deployments=where,
   )
 
 
@@ -158,7 +108,7 @@ def _standing(
   reserve, n = ranks.reserve(view), view.n_experts
   holders = len(expert_ranks(view))
   attending = int((view.role[view.mesh] != Role.EXPERT).sum())
-  extra = experts.extra(n)
+  extra = experts.extra(view)
   left = max(holders - reserve.lost_expert_ranks, 1)
   slots = -(-(n + extra) // left)
   rows_left = max(attending - reserve.lost_request_ranks, 1)
@@ -200,8 +150,6 @@ def _recover(
   left = lose(view, dead)
   leaving = () if dead else tuple(r for r in named if left.alive()[r])
   switch = ranks.switch(left, leaving)
-  if isinstance(switch, Infeasible):
-    return switch
   left = advance_all(left, switch)
   mesh = ranks.mesh(left, leaving)
   if isinstance(mesh, Infeasible):
@@ -221,9 +169,8 @@ def _recover(
   repair: Actions = (act.Fence(leaving),) if leaving else ()
   repair += experts.repair(advance_all(after, weights + moved + repair))
   if ranks.replace:
-    repair += grow(advance_all(view, resume + repair))
-    repair += back_to_attention(advance_all(view, resume + repair))
-  return Plan(resume, repair, _paused(view, resume, moved))
+    repair += regrow(advance_all(view, resume + repair), experts.repair)
+  return Plan(resume, repair, _paused(left, resume, moved))
 
 
 def _resume(
@@ -250,17 +197,21 @@ def _meshing(left: ClusterView, mesh: np.ndarray) -> Actions:
 
 
 def _paused(
-  view: ClusterView, resume: Actions, moved: Actions
+  left: ClusterView, resume: Actions, moved: Actions
 ) -> tuple[str, ...]:
   """Who waits for `resume`: those who move; all if nobody can step.
 
   A collocated mesh steps as one: while it changes, nobody's token comes.
-  Where roles are apart, experts that have to be copied first stop all.
+  Where roles are apart, experts that nobody holds stop all until they are
+  copied; what a leaving rank still serves stops nobody.
   """
-  table = view.requests
+  table = left.requests
   stops = any(not isinstance(action, act.Fence) for action in resume)
-  if view.disaggregated:
-    stops = any(isinstance(action, act.CopyExperts) for action in resume)
+  if left.disaggregated:
+    copies = (a for a in resume if isinstance(a, act.CopyExperts))
+    copied = [move.expert for action in copies for move in action.moves]
+    held = np.isin(copied, left.slots[left.status == Status.SERVING])
+    stops = not held.all()
   if stops:
     pairs = zip(table.request_id, (table.rank >= 0).tolist(), strict=True)
     return tuple(name for name, running in pairs if running)

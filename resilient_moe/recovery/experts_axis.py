@@ -1,10 +1,13 @@
 """Where lost experts come from: the nearest tier, a replica, or nowhere yet."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from resilient_moe.recovery import actions as act
+from resilient_moe.recovery.budget import check_copies, copies_of
 from resilient_moe.recovery.checks import expert_ranks
-from resilient_moe.recovery.compose import Actions, Experts
+from resilient_moe.recovery.choices import Actions, Experts
 from resilient_moe.recovery.placement import extra_copies
 from resilient_moe.recovery.policy import Infeasible
 from resilient_moe.recovery.rescue import (
@@ -24,32 +27,40 @@ def nearest(host_weights: bool = True) -> Experts:
   from disk.
   """
   return Experts(
-    extra=lambda n: 0, resume=_copy_lost, host_weights=host_weights
+    extra=lambda view: 0, resume=_copy_lost, host_weights=host_weights
   )
 
 
 def replicas(
   count: int | str = "all",
   shadows: bool = False,
-  load: np.ndarray | None = None,
+  load: Sequence[float] | np.ndarray | None = None,
   host_weights: bool = True,
   copy_lost: bool = True,
 ) -> Experts:
-  """A second copy of `count` experts (the most loaded first) on other ranks.
+  """A second copy of `count` experts on other ranks, the most loaded first.
+
+  `count` may be a memory budget for all of them together ("1.5GB", or "25%"
+  of the experts' bytes): as many as fit. Slots kept for losses come on top.
+  `load` [E]: tokens an expert gets, in any unit.
 
   They serve (or, as `shadows`, hold weights only) and are promoted by a table
   change; what has none is copied from the nearest tier, or not at all without
   `copy_lost`: then this is infeasible. Redundancy is restored behind traffic,
   into empty slots.
   """
-  if count != "all" and (not isinstance(count, int) or count < 0):
-    raise ValueError(f"replicas={count!r}; choices: 'all' or a number >= 0")
+  check_copies(count)
+  load = None if load is None else np.asarray(load, np.float64)
 
-  def extra(n: int) -> int:
-    return n if count == "all" else min(int(count), n)
+  def extra(view: ClusterView) -> int:
+    if load is not None and load.shape != (view.n_experts,):
+      raise ValueError(
+        f"load of shape {load.shape} for {view.n_experts} experts; one each"
+      )
+    return copies_of(count, view)
 
   def repair(view: ClusterView) -> Actions:
-    wanted = np.sort(extra_copies(view.n_experts, extra(view.n_experts), load))
+    wanted = np.sort(extra_copies(view.n_experts, extra(view), load))
     moves = replicate(view, wanted)
     copies = copies_from(view, moves)
     if not moves or isinstance(copies, str):
@@ -106,7 +117,7 @@ def mask(
     return () if isinstance(behind, Infeasible) else behind
 
   return Experts(
-    extra=lambda n: 0,
+    extra=lambda view: 0,
     resume=resume,
     repair=repair,
     host_weights=host_weights,

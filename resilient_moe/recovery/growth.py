@@ -1,5 +1,7 @@
 """After a recovery, behind traffic: growing back, and ready for the next."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from resilient_moe.recovery import actions as act
@@ -10,25 +12,61 @@ from resilient_moe.recovery.rescue import (
   lost_experts,
   retable,
 )
-from resilient_moe.recovery.semantics import advance, advance_all
+from resilient_moe.recovery.semantics import advance, advance_all, lose
 from resilient_moe.recovery.view import (
   ClusterView,
+  Ranks,
   Role,
   RoutingTable,
   Status,
   absent,
 )
 
+Actions = tuple[act.Action, ...]
 
-def grow(view: ClusterView) -> tuple[act.Action, ...]:
-  """Brings every lost launched rank back.
+
+def regrow(
+  view: ClusterView, refill: Callable[[ClusterView], Actions]
+) -> Actions:
+  """Lost ranks come back, switched roles too, then what had no room till now.
+
+  `refill` says what is to be copied into slots of the grown instance. Copies
+  run before anybody joins, so none of them may read from who is coming.
+  """
+  coming = _coming(view)
+  actions = grow(view)
+  grown = advance_all(view, actions)
+  back = back_to_attention(grown, coming)
+  actions, grown = actions + back, advance_all(grown, back)
+  if not coming and not back:
+    return actions  # `refill` was asked already
+  return actions + _reread(lose(grown, coming), refill(grown))
+
+
+def _reread(readable: ClusterView, actions: Actions) -> Actions:
+  """`actions`, whose copies come from where `readable` has them instead."""
+  copies = [a for a in actions if isinstance(a, act.CopyExperts)]
+  moves = tuple(move for action in copies for move in action.moves)
+  again = copies_from(readable, moves)
+  if isinstance(again, str):
+    return ()
+  return again + tuple(a for a in actions if a not in copies)
+
+
+def _coming(view: ClusterView) -> list[int]:
+  """Launched ranks that are away, ascending."""
+  away = (Status.LOST, Status.LAUNCHING)
+  return [r for r in sorted(view.launched) if view.status[r] in away]
+
+
+def grow(view: ClusterView) -> Actions:
+  """Brings every lost launched rank back, in the role it was started in.
 
   They are launched, receive an even share of the experts (read from those who
   serve now), join the mesh, and only then serve them. The old slots keep the
   weights as shadows.
   """
-  away = (Status.LOST, Status.LAUNCHING)
-  coming = [r for r in sorted(view.launched) if view.status[r] in away]
+  coming = _coming(view)
   lost = [r for r in coming if view.status[r] == Status.LOST]
   launch = tuple(act.LaunchRank(r) for r in lost)
   join = tuple(act.Rejoin(r) for r in coming)
@@ -39,15 +77,23 @@ def grow(view: ClusterView) -> tuple[act.Action, ...]:
   return (*launch, *copies, *join, act.RemapExperts(table))
 
 
-def back_to_attention(view: ClusterView) -> tuple[act.Action, ...]:
+def _switched(view: ClusterView) -> np.ndarray:
+  """Ranks that left attention to hold experts, [N] bool."""
+  return (view.home == Role.ATTENTION) & (view.role == Role.EXPERT)
+
+
+def back_to_attention(
+  view: ClusterView, unread: Ranks = ()
+) -> Actions:
   """Ranks that had to take experts over attend again, if others can hold them.
 
-  For a view in which replacements serve, but hold nothing yet.
+  For a view in which replacements serve. `unread`: ranks that nothing is
+  copied from, because they will have joined only after the copies.
   """
-  actions: tuple[act.Action, ...] = ()
-  switched = (view.home == Role.ATTENTION) & (view.role == Role.EXPERT)
-  for rank in np.flatnonzero(switched & (view.status == Status.SERVING)):
-    move = _emptying(view, int(rank))
+  actions: Actions = ()
+  switched = np.flatnonzero(_switched(view) & (view.status == Status.SERVING))
+  for rank in switched.tolist():
+    move = _emptying(view, rank, unread)
     if not move:
       break
     actions += move
@@ -55,16 +101,20 @@ def back_to_attention(view: ClusterView) -> tuple[act.Action, ...]:
   return actions
 
 
-def _emptying(view: ClusterView, rank: int) -> tuple[act.Action, ...]:
+def _emptying(view: ClusterView, rank: int, unread: Ranks) -> Actions:
   """The experts of `rank` into slots elsewhere, then its old role."""
   switch = act.SwitchRole(rank, Role.ATTENTION)
   without = advance(view, switch)
   moves = assign(without, lost_experts(without))
-  copies = copies_from(view, moves) if not isinstance(moves, str) else moves
-  if isinstance(moves, str) or isinstance(copies, str):
+  if isinstance(moves, str):
     return ()
-  route = act.RemapExperts(retable(without, moves))
-  actions = (*copies, route, switch)
+  copies = copies_from(lose(view, unread), moves)
+  if isinstance(copies, str):
+    return ()
+  table = retable(without, moves)
+  same = np.array_equal(table.entries, view.table.entries)
+  route: Actions = () if same else (act.RemapExperts(table),)
+  actions = (*copies, *route, switch)
   for action in actions:
     view = advance(view, action)
     if servable(view):  # a serving copy would have to make room
@@ -75,18 +125,24 @@ def _emptying(view: ClusterView, rank: int) -> tuple[act.Action, ...]:
 def _shares(
   view: ClusterView, coming: list[int]
 ) -> tuple[tuple[act.Move, ...], RoutingTable]:
-  """Experts for the `coming` ranks, from who serves most, and the new table."""
+  """Experts for the `coming` ranks, from who serves most, and the new table.
+
+  Ranks that switched to experts are to give all of theirs away.
+  """
   entries = view.table.entries.copy()
   served = np.bincount(
     entries[:, :, 0][entries[:, :, 0] >= 0], minlength=len(view.status)
   )
-  coming = [r for r in coming if view.role[r] != Role.ATTENTION]
-  holders = expert_ranks(view)
-  even = int(served.sum()) // (len(holders) + len(coming) or 1)
+  coming = [r for r in coming if view.home[r] != Role.ATTENTION]
+  holders, switched = expert_ranks(view), _switched(view)
+  stay = int((~switched[holders]).sum()) + len(coming)
+  even = int(served.sum()) // (stay or 1)
   moves: list[act.Move] = []
   for rank in coming:
     for slot in range(min(even, view.slots_per_rank)):
-      donor = holders[served[holders].argmax()]
+      left = served[holders]
+      first = switched[holders] & (left > 0)
+      donor = holders[(left + first * (served.sum() + 1)).argmax()]
       hers = (entries[:, :, 0] == donor) & ~_on(entries, rank)[:, None]
       if not hers.any():
         break

@@ -1,16 +1,14 @@
 """A policy decides: `prepare` before the failure, `recover` after it.
 
-Combinators (`first_feasible`, `cheapest`) make policies of policies; `load`
-finds them by name.
+`load` finds policies by name; `combine` makes policies of policies.
 """
 
 import dataclasses
-import functools
 import importlib
 import inspect
 import pkgutil
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -63,6 +61,17 @@ class RecoveryPolicy:
   deployments: tuple[str, ...] = DEPLOYMENTS  # where it can be used
 
 
+def misplaced(
+  name: str, deployments: tuple[str, ...], view: ClusterView
+) -> str | None:
+  """Why a policy for `deployments` can't be used on this view, else None."""
+  here = DEPLOYMENTS[int(view.disaggregated)]
+  if here in deployments:
+    return None
+  meant = " or ".join(deployments) or "no"
+  return f"policy {name!r} is for {meant} deployments, not {here}"
+
+
 def recover_checked(
   policy: RecoveryPolicy, view: ClusterView, failure: Failure
 ) -> Plan | Infeasible:
@@ -71,7 +80,8 @@ def recover_checked(
   Raises:
     IllegalPlan: names the action, the value and the limit.
   """
-  plan = policy.recover(view, failure)
+  reason = misplaced(policy.name, policy.deployments, view)
+  plan = Infeasible(reason) if reason else policy.recover(view, failure)
   if isinstance(plan, Infeasible):
     return plan
   check(
@@ -81,99 +91,6 @@ def recover_checked(
     fails_requests=policy.fails_requests,
   )
   return plan
-
-
-def _wider(first: Standing, second: Standing) -> Standing:
-  """`first` with the reserve enlarged so that `second` can take over."""
-  width = max(first.slots.shape[1], second.slots.shape[1])
-  slots = np.full((first.slots.shape[0], width), -1, np.int32)
-  slots[:, : first.slots.shape[1]] = first.slots
-  slots.setflags(write=False)
-  mine, other = first.table.entries, second.table.entries
-  copies = max(mine.shape[1], other.shape[1])
-  entries = np.full((mine.shape[0], copies, 2), -1, np.int32)
-  entries[:, : mine.shape[1]] = mine
-  entries.setflags(write=False)
-  streams = first.checkpoint != "none"
-  return Standing(
-    slots=slots,
-    table=RoutingTable(entries),
-    rows_per_rank=max(first.rows_per_rank, second.rows_per_rank),
-    ready=tuple(dict.fromkeys(first.ready + second.ready)),
-    checkpoint=first.checkpoint if streams else second.checkpoint,
-    host_weights=first.host_weights or second.host_weights,
-    store_executables=first.store_executables or second.store_executables,
-  )
-
-
-def _union(
-  policies: Sequence[RecoveryPolicy], name: str, recover: Recover
-) -> RecoveryPolicy:
-  if not policies:
-    raise ValueError(f"{name} of 0 policies; give at least 1")
-
-  def prepare(view: ClusterView) -> Standing:
-    return functools.reduce(_wider, (p.prepare(view) for p in policies))
-
-  return RecoveryPolicy(
-    name=name,
-    prepare=prepare,
-    recover=recover,
-    lossless=all(p.lossless for p in policies),
-    fails_requests=any(p.fails_requests for p in policies),
-    spares=max(p.spares for p in policies),
-    deployments=tuple(
-      d for d in DEPLOYMENTS if any(d in p.deployments for p in policies)
-    ),
-  )
-
-
-def first_feasible(
-  *policies: RecoveryPolicy, name: str = ""
-) -> RecoveryPolicy:
-  """Asks the policies in turn; the first plan is taken.
-
-  It stands as the first policy does, with the largest reserve (slots, rows,
-  copies, spares) of all, the ready meshes of all, and their host memory, KV
-  checkpointing and stored executables where any of them needs it.
-  """
-
-  def recover(view: ClusterView, failure: Failure) -> Plan | Infeasible:
-    reasons = []
-    for policy in policies:
-      plan = policy.recover(view, failure)
-      if isinstance(plan, Plan):
-        return plan
-      reasons.append(f"{policy.name}: {plan.reason}")
-    return Infeasible("; ".join(reasons))
-
-  joined = name or "+".join(p.name for p in policies)
-  return _union(policies, joined, recover)
-
-
-def cheapest(
-  policies: Sequence[RecoveryPolicy],
-  cost: Callable[[Plan, ClusterView], float],
-) -> RecoveryPolicy:
-  """Asks all policies; the plan that costs least is taken, ties in order.
-
-  It stands as `first_feasible` of the same policies does.
-  """
-
-  def recover(view: ClusterView, failure: Failure) -> Plan | Infeasible:
-    plans, reasons = [], []
-    for policy in policies:
-      plan = policy.recover(view, failure)
-      if isinstance(plan, Plan):
-        plans.append(plan)
-      else:
-        reasons.append(f"{policy.name}: {plan.reason}")
-    if not plans:
-      return Infeasible("; ".join(reasons))
-    return min(plans, key=lambda plan: cost(plan, view))
-
-  names = ",".join(p.name for p in policies)
-  return _union(policies, f"cheapest({names})", recover)
 
 
 def policy_names() -> list[str]:

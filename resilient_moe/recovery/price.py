@@ -135,9 +135,7 @@ def _copy(action: act.CopyExperts, view: ClusterView, hw: Hardware) -> Cost:
 def _prefill_s(ranks: np.ndarray, tokens: Amount, hw: Hardware) -> float:
   """Each rank prefills its own; at least one step, if there is anything."""
   busiest = _busiest(ranks, tokens)
-  if not busiest:
-    return 0.0
-  return max(busiest / hw.prefill_tokens_per_s, hw.step_s)
+  return max(busiest / hw.prefill_tokens_per_s, hw.step_s) if busiest else 0.0
 
 
 def _restore(action: act.RestoreKV, view: ClusterView, hw: Hardware) -> Cost:
@@ -164,6 +162,8 @@ def _recompute(
 
 
 def _rejoin(action: act.Rejoin, view: ClusterView, hw: Hardware) -> Cost:
+  if view.disaggregated:  # it has run its own programs before it joins
+    return Cost(hw.mesh_s)
   name = absent(view.launched, [*view.mesh.tolist(), action.rank])
   return Cost(hw.mesh_s + _fetch_s(view, name, hw))
 
@@ -178,11 +178,13 @@ def _restart(
   """
   ranks = np.asarray(action.ranks, np.int64)
   name = absent(view.launched, ranks)
-  holders = ranks[view.role[ranks] != Role.ATTENTION]
-  serving = ranks[view.role[ranks] != Role.EXPERT]
+  holders = ranks[view.home[ranks] != Role.ATTENTION]
+  serving = ranks[view.home[ranks] != Role.EXPERT]
   need = slots_needed(view.n_experts, len(holders))
   # Programs of other shapes (more slots) are not in the store.
-  stored = action.cache and name in view.cached
+  # Where roles are apart they are no mesh's.
+  known = bool(view.cached) if view.disaggregated else name in view.cached
+  stored = action.cache and known
   stored = stored and need <= view.slots_per_rank
   programs = hw.load_executable_s if stored else hw.compile_s
   copies = max(view.table.entries.shape[1], 1)

@@ -6,7 +6,7 @@ import numpy as np
 
 from resilient_moe.recovery import actions as act
 from resilient_moe.recovery.checks import expert_ranks, request_ranks
-from resilient_moe.recovery.compose import Ranks, Reserve
+from resilient_moe.recovery.choices import Actions, Ranks, Reserve
 from resilient_moe.recovery.packing import slots_needed
 from resilient_moe.recovery.policy import DEPLOYMENTS, Infeasible
 from resilient_moe.recovery.view import (
@@ -18,7 +18,6 @@ from resilient_moe.recovery.view import (
 )
 
 READY = ("none", "singles", "all")
-
 
 
 def survivors(
@@ -55,9 +54,8 @@ def restart(cache: bool, losses: int = 1) -> Ranks:
     if len(_members(view, leaving)):
       spares = spares[:0]
     left = np.append(_members(view, leaving), np.setdiff1d(spares, leaving))
-    if not len(left):
-      return Infeasible(f"{len(left)} ranks are left to restart on; at least 1")
-    return mesh_named(view.launched, absent(view.launched, left))
+    # Its processes start in the roles of the first ones.
+    return _mesh_of(view, left.astype(np.int64), view.home)
 
   return Ranks(reserve, mesh, restart=True, cache=cache)
 
@@ -65,6 +63,7 @@ def restart(cache: bool, losses: int = 1) -> Ranks:
 def spare(count: int = 1, ready: str = "singles") -> Ranks:
   """`count` devices stand by; the next takes the place of a rank that left.
 
+  Only where every rank does both: a spare has no role.
   Once they are used up this is infeasible. With fewer spares than losses the
   survivors close up, if experts fit.
   """
@@ -80,8 +79,6 @@ def spare(count: int = 1, ready: str = "singles") -> Ranks:
   def mesh(
     view: ClusterView, leaving: tuple[int, ...]
   ) -> np.ndarray | Infeasible:
-    if view.disaggregated:
-      return Infeasible("a spare has no role where attention and experts differ")
     left = _members(view, leaving)
     free = np.flatnonzero(view.status == Status.SPARE)
     free = np.setdiff1d(free, leaving)[: len(view.launched) - len(left)]
@@ -112,10 +109,8 @@ def role_switch(losses: int = 1, replace: bool = False) -> Ranks:
 
 def _switch(
   view: ClusterView, leaving: tuple[int, ...]
-) -> tuple[act.Action, ...] | Infeasible:
+) -> Actions:
   """As many attention ranks as the slots of lost experts need."""
-  if not view.disaggregated:
-    return Infeasible("every rank does attention and experts: no role to switch")
   holders = np.setdiff1d(expert_ranks(view), leaving)
   holders = holders[view.status[holders] == Status.SERVING]
   held = view.slots[holders]
@@ -129,7 +124,7 @@ def _switch(
   emptiest = attend[np.argsort(seated, kind="stable")]
   return tuple(
     act.SwitchRole(int(rank), Role.EXPERT)
-    for rank in emptiest[: min(needed, len(attend) - 1)]
+    for rank in emptiest[: max(min(needed, len(attend) - 1), 0)]
   )
 
 
@@ -170,10 +165,15 @@ def _members(view: ClusterView, leaving: tuple[int, ...]) -> np.ndarray:
 def _who_is_left(
   view: ClusterView, leaving: tuple[int, ...]
 ) -> np.ndarray | Infeasible:
-  left = _members(view, leaving)
+  return _mesh_of(view, _members(view, leaving), view.role)
+
+
+def _mesh_of(
+  view: ClusterView, left: np.ndarray, role: np.ndarray
+) -> np.ndarray | Infeasible:
+  """The mesh of `left` [.], if their `role` [N] leaves nothing undone."""
   for other, work in ((Role.EXPERT, "requests"), (Role.ATTENTION, "experts")):
-    may = int((view.role[left] != other).sum())
-    if not may:
+    if not (role[left] != other).any():
       return Infeasible(
         f"0 of {len(view.mesh)} ranks are left for {work}; at least 1"
       )

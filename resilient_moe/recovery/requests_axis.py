@@ -6,7 +6,7 @@ import numpy as np
 
 from resilient_moe.recovery import actions as act
 from resilient_moe.recovery.checks import request_ranks
-from resilient_moe.recovery.compose import Actions, Requests
+from resilient_moe.recovery.choices import Actions, Requests
 from resilient_moe.recovery.rescue import spread_requests
 from resilient_moe.recovery.view import ClusterView, Tier
 

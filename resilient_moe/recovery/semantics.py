@@ -24,6 +24,7 @@ from resilient_moe.recovery.checks import (
   expert_ranks,
   order_fault,
   plannable,
+  request_ranks,
   servable,
 )
 from resilient_moe.recovery.effects import known, lose, sealed, without
@@ -128,14 +129,17 @@ def _launch(view: ClusterView, action: act.LaunchRank) -> ClusterView:
   if view.status[rank] != Status.LOST:
     what = Status(view.status[rank]).name
     raise IllegalPlan(f"rank {rank} is {what}; only a LOST one is replaced")
-  status = view.status.copy()
-  status[rank] = Status.LAUNCHING
+  status, role = view.status.copy(), view.role.copy()
+  status[rank], role[rank] = Status.LAUNCHING, view.home[rank]
   # A replacement is another device: programs made for its predecessor are
   # of no use to it.
   first = rank in view.launched
   ready = {n for n in view.ready if (rank in n if first else ~rank not in n)}
   return dataclasses.replace(
-    view, status=sealed(status, np.int8), ready=frozenset(ready)
+    view,
+    status=sealed(status, np.int8),
+    role=sealed(role, np.int8),
+    ready=frozenset(ready),
   )
 
 
@@ -154,11 +158,15 @@ def _restart(view: ClusterView, action: act.RestartInstance) -> ClusterView:
   if not view.on_disk:
     raise IllegalPlan("a restart needs the checkpoint on disk; there is none")
   epoch, ranks = view.epoch, action.ranks
+  # Its processes start in the roles of the first ones.
+  view = dataclasses.replace(view, role=view.home)
   view = _rebuild_mesh(view, act.RebuildMesh(ranks))
   name = absent(view.launched, ranks)
   holders = len(expert_ranks(view))
   if not holders:
     raise IllegalPlan(f"none of the {len(ranks)} ranks may hold experts")
+  if not len(request_ranks(view)):
+    raise IllegalPlan(f"none of the {len(ranks)} ranks may hold requests")
   needed = slots_needed(view.n_experts, holders)
   per_rank = max(needed, view.slots_per_rank)
   copies = max(view.table.entries.shape[1], 1)

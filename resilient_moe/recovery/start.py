@@ -145,23 +145,27 @@ def big_view(
   *,
   checkpoint: str = "peer",
   rows_per_rank: int = 8,
+  attention: int = 0,
 ) -> ClusterView:
   """A large instance in mid-decode, for benchmarks of planning.
 
-  Copy j of expert e lies on rank (j * E + e) mod N: copies are on other racks
-  without a search; one slot a rank stays empty if there are two or more.
+  Copy j of expert e lies on expert rank (j * E + e) mod their number: copies
+  are on other racks without a search; one slot a rank stays empty if there
+  are two or more. The first `attention` ranks hold no experts.
   """
   view = bare_view(
-    n_ranks, n_experts, ranks_per_host=8, hosts_per_rack=4, top_k=8
-  )
-  filled = max(slots_per_rank - 1, 1)
-  place = np.arange(n_ranks * filled)
+    n_ranks, n_experts, ranks_per_host=8, hosts_per_rack=4, top_k=8,
+    attention=attention,
+  )  # fmt: skip
+  filled, holders = max(slots_per_rank - 1, 1), n_ranks - attention
+  place = np.arange(holders * filled)
+  rank, slot = attention + place % holders, place // holders
   slots = np.full((n_ranks, slots_per_rank), -1)
-  slots[place % n_ranks, place // n_ranks] = place % n_experts
+  slots[rank, slot] = place % n_experts
   copies = -(-len(place) // n_experts)
   entries = np.full((n_experts, copies, 2), -1)
-  entries[place % n_experts, place // n_experts, 0] = place % n_ranks
-  entries[place % n_experts, place // n_experts, 1] = place // n_ranks
+  entries[place % n_experts, place // n_experts, 0] = rank
+  entries[place % n_experts, place // n_experts, 1] = slot
   standing = Standing(
     slots=sealed(slots, np.int32),
     table=RoutingTable(sealed(entries, np.int32)),

@@ -18,6 +18,7 @@ from resilient_moe.report.judge import CHECKERS, VALID, verdict
 from resilient_moe.report.latency import goodput
 from resilient_moe.report.ledger import Answer, Ledger, Request, ledger_of
 from resilient_moe.report.metrics import Samples, measure, samples, speedups
+from resilient_moe.report.perfetto import trace, write_trace
 from resilient_moe.report.phases import (
     Phases,
     recovery_phases,
@@ -25,8 +26,13 @@ from resilient_moe.report.phases import (
     restart_stages,
     stall_by_action,
 )
+from resilient_moe.report.request_timeline import (
+    RequestTimeline,
+    request_timelines,
+)
 from resilient_moe.report.rows import METRICS, Row, Stat, rows_of
 from resilient_moe.report.runs import Run, read_runs
+from resilient_moe.report.spans import Span, Spans, read_spans
 from resilient_moe.report.stalls import Stalls, Usual, fault_stalls, usual
 from resilient_moe.report.table import to_csv, to_markdown, write_tables
 from resilient_moe.report.text import (
@@ -49,10 +55,13 @@ __all__ = [
     "Recorder",
     "Request",
     "RequestId",
+    "RequestTimeline",
     "Row",
     "Run",
     "SCHEMA",
     "Samples",
+    "Span",
+    "Spans",
     "Stalls",
     "Stat",
     "Usual",
@@ -68,7 +77,9 @@ __all__ = [
     "recovery_phases",
     "read_history",
     "read_runs",
+    "read_spans",
     "recovery_time_s",
+    "request_timelines",
     "restart_stages",
     "rows_of",
     "samples",
@@ -77,7 +88,9 @@ __all__ = [
     "timeline",
     "to_csv",
     "to_markdown",
+    "trace",
     "usual",
     "verdict",
     "write_tables",
+    "write_trace",
 ]

@@ -49,6 +49,8 @@ request emits has position len(prompt_tokens).
                outcome
   resumed      epoch, paused [request_ids]
   redundancy   full, epoch
+  healed       by, rank, layer, experts, seconds; attention rank `by` had the
+               same embeddings computed elsewhere when `rank` owed them
   epoch        epoch, mesh [ranks]; the membership from here on. The gateway
                keeps counting over a restart of the engine
   stale        epoch, rank; work of an older epoch that was refused
@@ -88,6 +90,7 @@ SCHEMA: dict[str, tuple[str, ...]] = {
         "failed": "request_id reason",
         "failure": "kind ranks epoch",
         "fault": "kind ranks phase step affected",
+        "healed": "by rank layer experts seconds",
         "finished": "request_id reason tokens",
         "infeasible": "policy reason",
         "mesh_ready": "absent seconds",

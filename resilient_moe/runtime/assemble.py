@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import pathlib
-import time
 from collections.abc import Sequence
 
 import jax
@@ -15,13 +14,12 @@ from resilient_moe.mesh.programs import InstanceShape
 from resilient_moe.model.checkpoint import read_config
 from resilient_moe.model.config import ModelConfig, StepOptions
 from resilient_moe.model.params import expert_bytes
-from resilient_moe.model.step import cache_shape
+from resilient_moe.model.step import cache_shape, request_kv_shape
 from resilient_moe.recovery import (
   ClusterView,
   RecoveryPolicy,
   RestartInstance,
   Standing,
-  Status,
   advance,
   bare_view,
   lose,
@@ -38,7 +36,8 @@ from resilient_moe.runtime.logical_store import (
   LogicalStore,
 )
 from resilient_moe.runtime.readiness import Readiness
-from resilient_moe.runtime.weights import WeightTiers, tree_bytes
+from resilient_moe.runtime.stages import Stages
+from resilient_moe.runtime.weights import WeightTiers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +79,7 @@ def plan_instance(case: Case, fresh: Fresh) -> Plans:
   bare = bare_view(
     case.ranks, config.n_experts, spares=policy.spares, top_k=config.top_k,
     rows_per_rank=options.rows, expert_bytes=expert_bytes(config),
-    token_kv_bytes=token_kv,
+    token_kv_bytes=token_kv, attention=case.attention,
   )  # fmt: skip
   standing = policy.prepare(bare)
   view = stand(bare, standing)
@@ -112,7 +111,7 @@ def assemble(
   recorder: Recorder,
 ) -> EmulatedBackend:
   """An engine ready to serve; each stage is recorded with its seconds."""
-  stage = Stages(recorder, fresh.generation)
+  stage = stages_of(recorder, fresh.generation)
   weights = WeightTiers(pathlib.Path(case.checkpoint))
   stage.done("weights")
   folder = store_folder(case, plans, fresh, scratch)
@@ -160,20 +159,13 @@ def store_folder(
   return scratch / f"executables{slots}"
 
 
-class Stages:
+def stages_of(recorder: Recorder, generation: int) -> Stages:
   """Records how long each stage of a start took."""
-
-  def __init__(self, recorder: Recorder, generation: int) -> None:
-    self._recorder, self._generation = recorder, generation
-    self._since = time.monotonic()
-
-  def done(self, stage: str) -> None:
-    now = time.monotonic()
-    self._recorder.write(
-      "engine", stage=stage, seconds=now - self._since,
-      generation=self._generation,
-    )  # fmt: skip
-    self._since = now
+  return Stages(
+    lambda stage, seconds: recorder.write(
+      "engine", stage=stage, seconds=seconds, generation=generation
+    )
+  )
 
 
 def _fetch(
@@ -200,17 +192,18 @@ def _backend(
   standing = plans.standing
   if not standing.host_weights:
     weights.drop_host_copy()
-  checkpointer = None
-  if standing.checkpoint != "none":
-    checkpointer = _checkpointer(plans, recorder)
-  injector = Injector(case.faults)
-  if fresh.injector:
-    n = case.ranks + plans.policy.spares
-    injector = Injector.from_json(fresh.injector, n)
+  checkpointer = make_checkpointer(plans, recorder)
   return EmulatedBackend(
-    plans.view, standing, store, weights, checkpointer, readiness, injector,
-    recorder.write, recorder.now_s,
+    plans.view, standing, store, weights, checkpointer, readiness,
+    make_injector(case, plans, fresh), recorder.write, recorder.now_s,
   )  # fmt: skip
+
+
+def make_injector(case: Case, plans: Plans, fresh: Fresh) -> Injector:
+  """The case's faults, less those that an engine before this one had."""
+  if not fresh.injector:
+    return Injector(case.faults)
+  return Injector.from_json(fresh.injector, len(plans.view.status))
 
 
 def _want(readiness: Readiness, plans: Plans) -> None:
@@ -218,13 +211,16 @@ def _want(readiness: Readiness, plans: Plans) -> None:
   readiness.want(plans.view.launched, plans.standing.ready)
 
 
-def _checkpointer(plans: Plans, recorder: Recorder) -> KVCheckpointer:
-  n_layers, _, rows, heads, length, d = cache_shape(
-    plans.config, plans.shape.options
-  )
+def make_checkpointer(
+  plans: Plans, recorder: Recorder
+) -> KVCheckpointer | None:
+  """What keeps KV off the ranks, if the policy wants that."""
+  if plans.standing.checkpoint == "none":
+    return None
+  options = plans.shape.options
   return KVCheckpointer(
-    plans.standing.checkpoint, (n_layers, heads, length, d),
-    plans.config.dtype, rows * len(plans.view.mesh),
+    plans.standing.checkpoint, request_kv_shape(plans.config, options),
+    plans.config.dtype, options.rows * len(plans.view.mesh),
     lambda text: recorder.write("warning", text=text),
   )  # fmt: skip
 
@@ -235,24 +231,3 @@ def _warm(backend: EmulatedBackend) -> None:
     backend.run_once(backend.facts.mesh, width)
   backend.store.warm_rank_programs()
   backend.canary_token = canary(backend)
-
-
-def redundancy_bytes(plans: Plans, backend: EmulatedBackend) -> int:
-  """Memory beyond the same instance's without recovery.
-
-  Copies and empty slots of experts, spare KV rows, spare devices' dense
-  weights, KV mirrors, and experts kept in host memory.
-  """
-  view, shape = plans.view, plans.shape
-  alive = int(view.alive().sum())
-  spares = int((view.status == Status.SPARE).sum())
-  slots = alive * view.slots_per_rank - view.n_experts
-  row = view.token_kv_bytes * shape.options.cache_len
-  base = plans.base_rows * len(view.launched)
-  total = slots * view.expert_bytes
-  total += (alive * view.rows_per_rank - base) * row
-  total += spares * tree_bytes(backend.weights.dense)
-  total += backend.weights.host_bytes
-  if backend.checkpointer is not None:
-    total += backend.checkpointer.reserved_bytes
-  return max(total, 0)

@@ -4,12 +4,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from resilient_moe.faults import PROCESS_KINDS, Fault
-from resilient_moe.recovery import RecoveryPolicy, first_feasible, load
+from resilient_moe.faults import PROCESS_KINDS, Fault, check_roles
+from resilient_moe.recovery import (
+  DEPLOYMENTS,
+  RecoveryPolicy,
+  first_feasible,
+  load,
+)
 from resilient_moe.serving.request import Request
 
 RUNTIMES = ("emulated", "logical", "process")
-DEPLOYMENTS = ("collocated",)
 
 
 class RunFailed(RuntimeError):
@@ -36,6 +40,9 @@ class Case:
   # fields of `process.rules.Limits`
   cluster: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # fields of `process.cluster.Cluster`
+  attention: int = 0  # ranks that do attention only; 0: all do everything
+  exchange: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  # fields of `split.options.ExchangeOptions`
 
   def __post_init__(self) -> None:
     for name, choices in (("runtime", RUNTIMES), ("deployment", DEPLOYMENTS)):
@@ -52,6 +59,23 @@ class Case:
         )
     if self.ranks < 1:
       raise ValueError(f"ranks={self.ranks}: at least 1")
+    self._check_deployment()
+
+  def _check_deployment(self) -> None:
+    apart = self.deployment == "disaggregated"
+    least, most = (1, self.ranks - 1) if apart else (0, 0)
+    if not least <= self.attention <= most:
+      raise ValueError(
+        f"attention={self.attention} of {self.ranks} ranks: {least} to {most} "
+        f"where the deployment is {self.deployment}"
+      )
+    if apart and self.runtime == "logical":
+      raise ValueError(
+        "runtime='logical' is one program for all ranks; disaggregated runs "
+        "on: emulated, process"
+      )
+    if self.attention:
+      check_roles(self.faults, self.attention, self.ranks)
 
 
 def make_policy(case: Case) -> RecoveryPolicy:
@@ -60,4 +84,9 @@ def make_policy(case: Case) -> RecoveryPolicy:
   policy = load(first, **dict(case.policy_kwargs))
   if rest:
     policy = first_feasible(policy, *(load(name) for name in rest))
+  if case.deployment not in policy.deployments:
+    raise ValueError(
+      f"policy {case.policy!r} is for deployment "
+      f"{' or '.join(policy.deployments)}, not {case.deployment}"
+    )
   return policy

@@ -14,19 +14,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
 from resilient_moe.mesh.executables import Executables, Source
 from resilient_moe.mesh.programs import (
   InstanceShape,
-  expert_shapes,
   make_mesh,
   step_specs,
   with_experts,
 )
-from resilient_moe.model.step import batch_width, cache_shape
+from resilient_moe.runtime.rank_arrays import (
+  idle_batch,
+  idle_delta,
+  put_cache,
+  put_dense,
+  put_experts,
+  read_row,
+  read_slot,
+  write_row,
+  write_slot,
+)
 
 Tree = dict[str, Any]
 
@@ -59,20 +67,9 @@ class DeviceStore:
   ) -> None:
     """Fills a rank: dense weights, and an expert's tree for each slot."""
     device = self.devices[rank]
-    put = lambda x: jax.device_put(jnp.asarray(x), device)
-    self._dense[rank] = jax.tree.map(put, dense)
-    empty = jax.tree.map(
-      lambda s: np.zeros((s.shape[0], *s.shape[3:]), s.dtype),
-      expert_shapes(self.shape, 1),
-    )
-    stack = lambda *x: put(np.stack(x, axis=1)[:, None])
-    filled = [empty if tree is None else tree for tree in slots]
-    self._experts[rank] = jax.tree.map(stack, *filled)
-    zeros = np.zeros(
-      cache_shape(self.shape.config, self.shape.options),
-      self.shape.config.dtype,
-    )
-    self._cache[rank] = put(zeros)
+    self._dense[rank] = put_dense(dense, device)
+    self._experts[rank] = put_experts(self.shape, slots, device)
+    self._cache[rank] = put_cache(self.shape, device)
     self._programs[rank] = self.executables.rank_programs(device)
     self._lost.discard(rank)
     self._bound = None
@@ -101,54 +98,37 @@ class DeviceStore:
     """One expert's weights ([L, ...] leaves, host or device) into a slot."""
     self._check(rank)
     self._bound = None
-    on = self.devices[rank]
-    new, index = jax.device_put((weights, np.int32(slot)), on)
-    program = self._programs[rank]["write_slot"]
-    self._experts[rank] = program(self._experts[rank], new, index)
+    self._experts[rank] = write_slot(
+      self._experts[rank], self._programs[rank]["write_slot"], slot, weights,
+      self.devices[rank],
+    )  # fmt: skip
 
   def read_slot(self, rank: int, slot: int) -> Tree:
     """An expert's weights as they lie on a rank, [L, ...] leaves."""
     self._check(rank)
-    return jax.tree.map(
-      lambda x: np.asarray(x)[:, 0, slot], self._experts[rank]
-    )
+    return read_slot(self._experts[rank], slot)
 
   def read_row(self, rank: int, row: int, tokens: int) -> np.ndarray:
     """KV of a request, [L, 2K, tokens, d], copied to the host."""
     self._check(rank)
-    cache = np.asarray(self._cache[rank])
-    return cache[:, 0, row, :, :tokens].copy()
+    return read_row(self._cache[rank], row, tokens)
 
   def write_row(self, rank: int, row: int, kv: np.ndarray) -> None:
     """KV [L, 2K, tokens, d] into a row, through the commit program."""
     self._check(rank)
-    options = self.shape.options
-    width, b = options.chunk, options.rows
-    device = self.devices[rank]
-    program = self._programs[rank][f"commit{width}"]
-    n_layers, heads, tokens, d = kv.shape
-    for start in range(0, tokens, width):
-      part = kv[:, :, start : start + width]
-      delta = np.zeros((n_layers, 1, b + width, heads, d), kv.dtype)
-      delta[:, 0, b : b + part.shape[2]] = np.swapaxes(part, 1, 2)
-      ints = np.zeros((1, batch_width(options, width)), np.int32)
-      ints[0, b : 2 * b] = -1  # no decode row
-      ints[0, 4 * b : 4 * b + 3] = start, part.shape[2], row
-      arrays = jax.device_put((delta, ints), device)
-      self._cache[rank] = program(self._cache[rank], *arrays)
+    program = self._programs[rank][f"commit{self.shape.options.chunk}"]
+    self._cache[rank] = write_row(
+      self.shape, self._cache[rank], program, row, kv, self.devices[rank]
+    )
 
   def warm_rank_programs(self) -> None:
     """Runs each rank's own programs once, leaving its contents as they are."""
-    options = self.shape.options
     for rank, device in enumerate(self.devices):
       if rank not in self._cache:
         continue
       for width in self.shape.chunks():
-        ints = np.zeros((1, batch_width(options, width)), np.int32)
-        ints[0, options.rows : 2 * options.rows] = -1
-        n_layers, _, _, heads, _, d = self._cache[rank].shape
-        shape = (n_layers, 1, options.rows + width, heads, d)
-        delta = np.zeros(shape, self._cache[rank].dtype)
+        ints = idle_batch(self.shape, 1, width)
+        delta = idle_delta(self.shape, width)
         arrays = jax.device_put((delta, ints), device)
         commit = self._programs[rank][f"commit{width}"]
         self._cache[rank] = commit(self._cache[rank], *arrays)
@@ -264,10 +244,7 @@ class DeviceStore:
   ) -> Source:
     """Loads a mesh's program and runs it once, on idle rows; no commit."""
     _, source = self.program(mesh, width)
-    options = self.shape.options
-    mine = self._mine(mesh)
-    ints = np.zeros((len(mine), batch_width(options, width)), np.int32)
-    ints[:, options.rows : 2 * options.rows] = -1
+    ints = idle_batch(self.shape, len(self._mine(mesh)), width)
     kept, self._bound = self._bound, None
     self.run(mesh, width, self.put_routing(mesh, routing), ints)
     self._bound = kept

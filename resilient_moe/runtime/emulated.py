@@ -6,13 +6,12 @@ no detection to measure; everything else is done on real arrays.
 """
 
 import collections
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from resilient_moe.faults import Fault, Injector, Moment
+from resilient_moe.faults import Fault, Injector
 from resilient_moe.mesh.executables import Source
 from resilient_moe.mesh.programs import InstanceShape
 from resilient_moe.recovery import (
@@ -26,7 +25,7 @@ from resilient_moe.recovery.actions import Move
 from resilient_moe.recovery.view import ClusterView, Tier
 from resilient_moe.runtime.device_store import DeviceStore
 from resilient_moe.runtime.execute import Mesh
-from resilient_moe.runtime.instance import Instance, packed
+from resilient_moe.runtime.instance import Instance, Memory, packed
 from resilient_moe.runtime.kv_checkpoint import KVCheckpointer
 from resilient_moe.runtime.logical_store import LogicalStore
 from resilient_moe.runtime.readiness import Readiness
@@ -52,17 +51,15 @@ class EmulatedBackend(Instance):
     record: Record,
     now_s: Callable[[], float],
   ) -> None:
-    super().__init__(view, standing, readiness, injector, record)
+    super().__init__(view, standing, readiness, injector, record, now_s)
     self.store = store
     self.weights = weights
     self.checkpointer = checkpointer
-    self._now_s = now_s
-    self._pending: list[Failure] = []
-    self._repairing = False
     self.seats = Seats()
-    self._moment = Moment(step=0, t_s=0.0, emitted_tokens=0)
     self._rebase: collections.deque[str] = collections.deque()
     self._routing: Any = None
+    if checkpointer is not None:
+      checkpointer.ring = self.facts.mesh
     self.announce()
 
   @property
@@ -77,12 +74,8 @@ class EmulatedBackend(Instance):
     delta, tokens, ints = self.store.run(
       mesh, batch.width, self.routing(), packed(batch)
     )
-    self._moment = Moment(
-      step=batch.number, t_s=self._now_s(), emitted_tokens=batch.emitted,
-      in_prefill=bool(batch.chunks),
-      ready=self.readiness.done and not self._repairing,
-    )  # fmt: skip
-    if self._strike(self.injector.poll(self._moment)):
+    settled = self.readiness.done and not self.repairing
+    if self._strike(self.due_in_step(batch, settled)):
       raise StepAborted
     # Only now: a commit on top of a step that fails would lose the cache.
     self.store.commit(mesh, batch.width, delta, ints)
@@ -95,20 +88,15 @@ class EmulatedBackend(Instance):
   def poll(
     self, recovery_actions: int | None = None, repairing: bool = False
   ) -> tuple[Failure, ...]:
-    if recovery_actions is None:
-      self._repairing = repairing
     if recovery_actions is not None:
-      self._moment = dataclasses.replace(
-        self._moment, t_s=self._now_s(), in_prefill=False,
-        recovery_actions=recovery_actions, ready=self.readiness.done,
-      )  # fmt: skip
-      self._strike(self.injector.poll(self._moment))
-    elif not self._pending:
-      self.make_ready()
-      self._rebase_one()
-    failures, self._pending = tuple(self._pending), []
-    self._repairing |= bool(failures)
-    return failures
+      ready = self.readiness.done
+      self._strike(self.due_in_recovery(recovery_actions, ready))
+    else:
+      self.repairing = repairing
+      if not self.pending:
+        self.make_ready()
+        self._rebase_one()
+    return self.take_pending()
 
   def checkpoints(self) -> Mapping[str, tuple[int, int]]:
     if self.checkpointer is None:
@@ -189,6 +177,8 @@ class EmulatedBackend(Instance):
 
   def changed(self) -> None:
     self._routing = None
+    if self.checkpointer is not None:
+      self.checkpointer.ring = self.facts.mesh
 
   def run_once(self, mesh: Mesh, width: int) -> None:
     self.store.make_ready(
@@ -197,13 +187,21 @@ class EmulatedBackend(Instance):
 
   def rebase_after(self, placed: tuple[Placed, ...]) -> None:
     """New places of requests; who sits on its own mirror gets another."""
+    for p in placed:
+      self.seats.moved(p)
     if self.checkpointer is None:
       return
     held = self.checkpointer.records()
     for p in placed:
-      self.seats.moved(p)
       if held.get(p.request_id, (0, p.rank))[1] == p.rank:
         self._rebase.append(p.request_id)
+
+  def memory(self) -> Memory:
+    stored = self.checkpointer
+    return Memory(
+      int(self.facts.view.alive().sum()), tree_bytes(self.weights.dense),
+      self.weights.host_bytes, stored.reserved_bytes if stored else 0,
+    )  # fmt: skip
 
   def close(self) -> None:
     """Ends the background work; what the checkpoints came to is recorded."""
@@ -220,29 +218,17 @@ class EmulatedBackend(Instance):
     """Lets faults happen; whether the step at hand is lost."""
     aborted = False
     for fault in faults:
-      self._record_fault(fault)
+      self.record_fault(fault, self.seats.on(fault.ranks))
       if fault.kind == "rank_lost":
         aborted |= self._lose(fault.ranks)
       elif fault.kind == "rank_leaving":
         deadline = float(fault.deadline_s or 0.0)
-        self._pending.append(RanksLeaving(fault.ranks, deadline))
+        self.pending.append(RanksLeaving(fault.ranks, deadline))
       else:
         slowdown = float(fault.slowdown or 1.0)
         for rank in fault.ranks:
-          self._pending.append(Straggler(rank, slowdown))
+          self.pending.append(Straggler(rank, slowdown))
     return aborted
-
-  def _record_fault(self, fault: Fault) -> None:
-    if fault.kind == "rank_lost" or fault.kind == "rank_leaving":
-      affected = self.seats.on(fault.ranks)
-    else:
-      affected = []
-    recovering = self._moment.recovery_actions is not None
-    phase = "prefill" if self._moment.in_prefill else "decode"
-    self.record(
-      "fault", kind=fault.kind, ranks=list(fault.ranks), affected=affected,
-      phase="recovery" if recovering else phase, step=self._moment.step,
-    )  # fmt: skip
 
   def _lose(self, ranks: tuple[int, ...]) -> bool:
     """Deletes the ranks' memory; whether a member of the mesh is among them."""
@@ -257,7 +243,7 @@ class EmulatedBackend(Instance):
       held = self.checkpointer.records()
       self._rebase.extend(n for n, _ in self.seats.items() if n not in held)
     if gone:
-      self._pending.append(RanksLost(tuple(gone)))
+      self.pending.append(RanksLost(tuple(gone)))
     return member
 
   def _rebase_one(self) -> None:
@@ -265,9 +251,9 @@ class EmulatedBackend(Instance):
     if self.checkpointer is None or not self._rebase:
       return
     name = self._rebase.popleft()
-    mesh = self.facts.mesh
+    ring = self.checkpointer.ring
     place = self.seats.get(name)
-    if place is not None and place.rank in mesh and place.tokens:
-      holder = self.checkpointer.holder(mesh, mesh.index(place.rank))
+    if place is not None and place.rank in ring and place.tokens:
+      holder = self.checkpointer.holder(ring, ring.index(place.rank))
       kv = self.store.read_row(place.rank, place.row, place.tokens)
       self.checkpointer.rebase(name, kv, holder)

@@ -121,6 +121,8 @@ def _runtime(case: Case, assemble: Any) -> Callable[..., Any]:
 
     return supervise.assemble
   devices = _devices(case)
+  if case.deployment == "disaggregated":
+    from resilient_moe.runtime.split import start as assemble
   return lambda case, plans, fresh, scratch, recorder: assemble.assemble(
     case, plans, fresh, devices, scratch, recorder
   )
@@ -158,9 +160,9 @@ def _prepare(
     standing = plans.standing
     recorder.write(
       "prepare", seconds=time.monotonic() - start,
-      redundancy_bytes=_redundancy_bytes(case)(plans, backend),
+      redundancy_bytes=backend.redundancy_bytes(plans),
       ready_meshes=len(standing.ready), checkpoint=standing.checkpoint,
-      spares=plans.policy.spares, **_held_open(case, backend),
+      spares=plans.policy.spares, **backend.held_open(),
     )  # fmt: skip
     return
   recorder.write(
@@ -170,23 +172,6 @@ def _prepare(
     outcome="stored" if fresh.cache else "compiled",
   )  # fmt: skip
   recorder.write("resumed", epoch=backend.view().epoch, paused=fresh.paused)
-
-
-def _held_open(case: Case, backend: Any) -> dict[str, int]:
-  """What ready meshes keep beside memory, where there is such a thing."""
-  if case.runtime != "process":
-    return {}
-  return {"connections": backend.connections()}
-
-
-def _redundancy_bytes(case: Case) -> Callable[[Any, Any], int]:
-  if case.runtime == "process":
-    from resilient_moe.runtime.process import supervise
-
-    return supervise.redundancy_bytes
-  from resilient_moe.runtime import assemble
-
-  return assemble.redundancy_bytes
 
 
 def _run(

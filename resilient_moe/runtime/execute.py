@@ -17,7 +17,8 @@ from resilient_moe.mesh.programs import InstanceShape
 from resilient_moe.model.step import batch_width
 from resilient_moe.recovery import absent, mesh_named
 from resilient_moe.recovery import actions as act
-from resilient_moe.recovery.view import Tier
+from resilient_moe.recovery.checks import request_ranks
+from resilient_moe.recovery.view import Role, Tier
 from resilient_moe.runtime.facts import Facts
 from resilient_moe.serving.backend import Outcome, Placed
 
@@ -58,6 +59,9 @@ class Hands(Protocol):
 
   def rebase_after(self, placed: Places) -> None:
     """Requests have new places: their KV checkpoints begin anew."""
+
+  def switch(self, rank: int, role: Role) -> None:
+    """The rank gets what its new role needs."""
 
   def probe(self, ints: np.ndarray) -> np.ndarray:
     """A wide step on the present mesh without a commit: tokens [R, B + 1]."""
@@ -129,6 +133,7 @@ def _recompute(b: Hands, _: act.RecomputePrefix, placed: Places) -> Outcome:
 
 
 def _switch(b: Hands, action: act.SwitchRole, _: Places) -> Outcome:
+  b.switch(action.rank, action.role)
   b.facts.role(action.rank, action.role)
   return Outcome(action.role.name.lower())
 
@@ -165,7 +170,7 @@ def canary(b: Hands) -> int:
   shape = b.shape
   rows, width = shape.options.rows, shape.options.chunk
   prompt = [t % shape.config.vocab_size for t in CANARY][:width]
-  n = len(b.facts.mesh)
+  n = len(request_ranks(b.facts.view))
   ints = np.zeros((n, batch_width(shape.options, width)), np.int32)
   ints[:, rows : 2 * rows] = -1
   ints[:, 4 * rows + 1] = len(prompt)

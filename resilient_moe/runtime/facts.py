@@ -107,6 +107,11 @@ class Facts:
     roles = self._view.role.copy()
     roles[rank] = role
     self._set(role=roles)
+    if role == Role.ATTENTION:
+      slots = self._view.slots.copy()
+      slots[rank] = -1
+      self._set(slots=slots)
+      self._unroute(lambda r, slot: r == rank)
 
   def _unroute(
     self, gone: Callable[[np.ndarray, np.ndarray], np.ndarray]

@@ -371,5 +371,5 @@ def case_to_json(case: Case) -> Message:
   return {
     **fields, "faults": faults, "n_ranks": n_ranks, "options": options,
     "policy_kwargs": kwargs, "detector": dict(case.detector),
-    "cluster": dict(case.cluster),
+    "cluster": dict(case.cluster), "exchange": dict(case.exchange),
   }  # fmt: skip

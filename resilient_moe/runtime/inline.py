@@ -15,7 +15,6 @@ from resilient_moe.runtime.assemble import (
   Fresh,
   assemble,
   plan_instance,
-  redundancy_bytes,
 )
 from resilient_moe.runtime.case import Case, RunFailed
 from resilient_moe.serving.loop import serve
@@ -66,7 +65,7 @@ def serve_inline(case: Case) -> History:
         backend.wait_ready()
       history.write(
         "prepare", seconds=0.0, spares=plans.policy.spares,
-        redundancy_bytes=redundancy_bytes(plans, backend),
+        redundancy_bytes=backend.redundancy_bytes(plans),
         ready_meshes=len(plans.standing.ready),
         checkpoint=plans.standing.checkpoint,
       )  # fmt: skip

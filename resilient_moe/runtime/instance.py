@@ -1,28 +1,44 @@
-"""What the backends of all runtimes share: facts, actions, ready meshes."""
+"""What the backends of all runtimes share: facts, faults, ready meshes."""
 
 import abc
+import dataclasses
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from resilient_moe.faults import Injector
+from resilient_moe.faults import Fault, Injector, Moment
 from resilient_moe.mesh.programs import InstanceShape
 from resilient_moe.model.step import pack, routing_arrays
-from resilient_moe.recovery import Standing
+from resilient_moe.recovery import Failure, Role, Standing, Status
 from resilient_moe.recovery.actions import Action
 from resilient_moe.recovery.view import ClusterView
 from resilient_moe.runtime.execute import EXECUTE, Mesh
 from resilient_moe.runtime.facts import Facts
 from resilient_moe.runtime.readiness import Readiness
-from resilient_moe.serving.backend import Outcome, Placed
+from resilient_moe.serving.backend import Outcome, Placed, Stepwise
 from resilient_moe.serving.recover import Record
 from resilient_moe.serving.scheduler import StepBatch
 
+if TYPE_CHECKING:
+  from resilient_moe.runtime.assemble import Plans
+
 WAIT_S = 0.02  # between two looks at the compiler
+# Faults that hit requests: whoever sits there loses its KV, or waits.
+HURTS = ("rank_lost", "rank_leaving", "rank_stuck")
 
 
-class Instance(abc.ABC):
+class Memory(NamedTuple):
+  """What an instance holds beside experts and rows."""
+
+  present: int  # ranks that hold arrays
+  dense_bytes: int  # of one rank
+  host_bytes: int  # experts in host memory, of all
+  checkpoint_bytes: int  # reserved for copies of KV, of all
+
+
+class Instance(Stepwise, abc.ABC):
   """Half of a `serving.backend.Backend`; a runtime adds steps and `Hands`."""
 
   def __init__(
@@ -32,13 +48,18 @@ class Instance(abc.ABC):
     readiness: Readiness,
     injector: Injector,
     record: Record,
+    now_s: Callable[[], float],
   ) -> None:
     self.facts = Facts(view)
     self.standing = standing
     self.readiness = readiness
     self.injector = injector
     self.record = record
+    self.now_s = now_s
     self.canary_token = -1
+    self.pending: list[Failure] = []  # detected, not reported yet
+    self.repairing = False  # a recovery or a repair is under way
+    self._moment = Moment(step=0, t_s=0.0, emitted_tokens=0)
 
   @property
   @abc.abstractmethod
@@ -53,8 +74,43 @@ class Instance(abc.ABC):
   def changed(self) -> None:
     """An action was executed: what was derived from the facts is old."""
 
+  @abc.abstractmethod
+  def memory(self) -> Memory:
+    """What is held now."""
+
+  def held_open(self) -> dict[str, int]:
+    """What ready meshes keep beside memory, by its name in the history."""
+    return {}
+
+  def redundancy_bytes(self, plans: "Plans") -> int:
+    """Memory beyond the same instance's without recovery.
+
+    Copies and empty slots of experts, spare KV rows, spare ranks' dense
+    weights, KV mirrors, and experts kept in host memory.
+    """
+    view, memory = plans.view, self.memory()
+    first = view.home[list(view.launched)]
+    attend = memory.present - int((first == Role.EXPERT).sum())
+    hold = memory.present - int((first == Role.ATTENTION).sum())
+    slots = hold * view.slots_per_rank - view.n_experts
+    base_rows = plans.base_rows * int((first != Role.EXPERT).sum())
+    rows = attend * view.rows_per_rank - base_rows
+    spares = int((view.status == Status.SPARE).sum())
+    total = slots * view.expert_bytes + rows * self.row_bytes
+    total += spares * memory.dense_bytes
+    total += memory.host_bytes + memory.checkpoint_bytes
+    return max(total, 0)
+
+  @property
+  def row_bytes(self) -> int:
+    """Of one request's KV."""
+    return self.facts.view.token_kv_bytes * self.shape.options.cache_len
+
   def view(self) -> ClusterView:
     return self.facts.view
+
+  def domains(self) -> tuple[Mesh, ...]:
+    return (self.facts.mesh,)
 
   def execute(self, action: Action, placed: tuple[Placed, ...]) -> Outcome:
     epoch = self.facts.view.epoch
@@ -64,6 +120,10 @@ class Instance(abc.ABC):
       self.announce()
     return outcome
 
+  def switch(self, rank: int, role: Role) -> None:
+    """The rank gets what its new role needs; only where roles are apart."""
+    raise ValueError(f"rank {rank} can't become {role.name} on this runtime")
+
   def ready_for(self, action: Action) -> bool:
     """Whether an action of a repair can be executed without a long wait."""
     del action
@@ -71,6 +131,45 @@ class Instance(abc.ABC):
 
   def background_done(self) -> bool:
     return True
+
+  # -- faults and failures
+
+  def due_in_step(self, batch: StepBatch, ready: bool) -> list[Fault]:
+    """Faults whose time is this step; `ready`: nothing else is under way."""
+    self._moment = Moment(
+      step=batch.number, t_s=self.now_s(), emitted_tokens=batch.emitted,
+      in_prefill=bool(batch.chunks), ready=ready,
+    )  # fmt: skip
+    return self.injector.poll(self._moment)
+
+  def due_in_recovery(self, actions: int, ready: bool) -> list[Fault]:
+    """Faults whose time is after so many actions of a recovery."""
+    self._moment = dataclasses.replace(
+      self._moment, t_s=self.now_s(), in_prefill=False,
+      recovery_actions=actions, ready=ready,
+    )  # fmt: skip
+    return self.injector.poll(self._moment)
+
+  def record_fault(self, fault: Fault, sitting: list[str]) -> None:
+    """Ground truth for the history; `sitting`: who sits on its ranks."""
+    moment = self._moment
+    phase = "prefill" if moment.in_prefill else "decode"
+    if moment.recovery_actions is not None:
+      phase = "recovery"
+    self.record(
+      "fault", kind=fault.kind, ranks=list(fault.ranks),
+      affected=sitting if fault.kind in HURTS else [], phase=phase,
+      step=moment.step,
+    )  # fmt: skip
+
+  def take_pending(self) -> tuple[Failure, ...]:
+    """The failures to report."""
+    failures, self.pending = tuple(self.pending), []
+    # A recovery begins: until a poll says otherwise, something is repaired.
+    self.repairing |= bool(failures)
+    return failures
+
+  # -- meshes
 
   def announce(self) -> None:
     """Writes the membership into the history."""

@@ -54,6 +54,8 @@ class KVCheckpointer:
         f"checkpoint={mode!r}: choose one of {', '.join(MODES)}"
       )
     self.mode = mode
+    # Ranks that mirror, each for the one before; (): those of the batch.
+    self.ring: tuple[int, ...] = ()
     self.nbytes_streamed = 0
     self._warn = warn
     self._records: dict[str, Record] = {}
@@ -86,16 +88,17 @@ class KVCheckpointer:
     """Hands a committed step to the thread; never waits for it."""
     with self._lock:  # the thread counts down
       self._pending += 1
-    self._queue.put((batch, delta, row_count))
+    ring = self.ring or batch.mesh
+    self._queue.put((batch, delta, row_count, ring))
 
-  def holder(self, mesh: tuple[int, ...], place: int) -> int:
+  def holder(self, ring: tuple[int, ...], place: int) -> int:
     """Who mirrors for the rank at `place`: the next in the ring, or the host.
 
     A single rank has no neighbour: its mirror is the host's.
     """
-    if self.mode == "host" or len(mesh) == 1:
+    if self.mode == "host" or len(ring) == 1:
       return -1
-    return mesh[(place + 1) % len(mesh)]
+    return ring[(place + 1) % len(ring)]
 
   def restore(self, request_id: str) -> np.ndarray | None:
     """The committed KV of a request, [L, 2K, tokens, d]; None: nothing."""
@@ -152,13 +155,14 @@ class KVCheckpointer:
         self._pending -= 1
 
   def _store(
-    self, batch: StepBatch, delta: jax.Array, row_count: int
-  ) -> None:
+    self, batch: StepBatch, delta: jax.Array, row_count: int,
+    ring: tuple[int, ...],
+  ) -> None:  # fmt: skip
     """Copies a step's segments, then moves the commit records forward."""
     for name in batch.retired:
       self._forget(name)
     data = np.asarray(delta)  # [L, R, B + C, 2K, d]
-    each = self._segments(batch, row_count)
+    each = self._segments(batch, row_count, ring)
     usable = [(s, r) for s in each if (r := self._usable(s)) is not None]
     self._copy_rows(data, [u for u in usable if u[0].length == 1])
     for s, record in usable:
@@ -174,10 +178,12 @@ class KVCheckpointer:
     position_bytes = data[:, 0, 0].nbytes
     self.nbytes_streamed += position_bytes * sum(s.length for s, _ in usable)
 
-  def _segments(self, batch: StepBatch, row_count: int) -> list[Segment]:
+  def _segments(
+    self, batch: StepBatch, row_count: int, ring: tuple[int, ...]
+  ) -> list[Segment]:
     """What the lanes of a delta are; a chunk lies behind the rows."""
     mesh = batch.mesh
-    holders = [self.holder(mesh, place) for place in range(len(mesh))]
+    holders = [self.holder(ring, ring.index(rank)) for rank in mesh]
     rows = [
       Segment(r.request_id, r.place, mesh[r.place], r.row, r.position, 1,
               holders[r.place])

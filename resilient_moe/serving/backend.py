@@ -16,6 +16,42 @@ class StepAborted(Exception):
   """The step failed on somebody: nothing of it counts. `poll` says why."""
 
 
+class Stepwise:
+  """`begin` and `finished` of a backend that steps while it is called."""
+
+  _begun: tuple[StepBatch, ...] = ()
+
+  def step(self, batch: StepBatch) -> np.ndarray:
+    """Computes, waits, agrees, commits: sampled tokens [R, B + 1] int32.
+
+    Raises:
+      StepAborted: the step doesn't count; no state has changed.
+    """
+    raise NotImplementedError
+
+  def begin(self, batch: StepBatch) -> None:
+    self._begun += (batch,)
+
+  def finished(self, wait_s: float) -> list["Stepped"]:
+    """One of the steps that were begun, first come first served."""
+    del wait_s
+    if not self._begun:
+      return []
+    batch, *rest = self._begun
+    self._begun = tuple(rest)
+    try:
+      return [Stepped(batch, self.step(batch))]
+    except StepAborted:
+      return [Stepped(batch, None)]
+
+
+class Stepped(NamedTuple):
+  """How a step ended: sampled tokens [R, B + 1] int32; None: it failed."""
+
+  batch: StepBatch
+  tokens: np.ndarray | None
+
+
 class Placed(NamedTuple):
   """A request whose KV a backend puts into a row."""
 
@@ -47,11 +83,17 @@ class Backend(Protocol):
   def checkpoints(self) -> Mapping[str, tuple[int, int]]:
     """Request -> (positions committed, rank that holds them; -1: host)."""
 
-  def step(self, batch: StepBatch) -> np.ndarray:
-    """Computes, waits, agrees, commits: sampled tokens [R, B + 1] int32.
+  def domains(self) -> tuple[tuple[int, ...], ...]:
+    """Ranks that step together, and apart from the others, in mesh order."""
 
-    Raises:
-      StepAborted: the step doesn't count; no state has changed.
+  def begin(self, batch: StepBatch) -> None:
+    """Starts a step of a domain; one at a time each."""
+
+  def finished(self, wait_s: float) -> list[Stepped]:
+    """Steps that have ended: computed, agreed, committed; or failed.
+
+    A failed one has changed no state; `poll` says why. Waits for the first at
+    most `wait_s`.
     """
 
   def execute(self, action: Action, placed: tuple[Placed, ...]) -> Outcome:

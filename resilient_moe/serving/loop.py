@@ -3,10 +3,13 @@
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
+
+from resilient_moe.recovery.checks import request_ranks
 from resilient_moe.recovery.policy import RecoveryPolicy
-from resilient_moe.serving.backend import Backend, StepAborted
+from resilient_moe.serving.backend import Backend
 from resilient_moe.serving.recover import Record, Recovery
 from resilient_moe.serving.request import Request
 from resilient_moe.serving.scheduler import StepBatch, admit, complete, schedule
@@ -16,6 +19,8 @@ from resilient_moe.serving.state import (
   with_ranks,
 )
 
+Domain = tuple[int, ...]  # ranks that step together
+WAIT_S = 0.002  # for a step to end, between two looks at everything else
 IDLE_S = 0.002  # between two looks for requests when there is nothing to do
 
 
@@ -39,7 +44,32 @@ class Loop:
   recovery: Recovery
   state: SchedulerState
   number: int = 0  # of the next step
-  retired: tuple[str, ...] = ()
+  retired: dict[Domain, tuple[str, ...]] = dataclasses.field(
+    default_factory=dict
+  )  # by domain: who has ended since its last step
+  running: dict[Domain, "Running"] = dataclasses.field(default_factory=dict)
+
+  def take_retired(self, domain: Domain) -> tuple[str, ...]:
+    """Who has ended there, or in a domain that is no more."""
+    known = set(self.recovery.backend.domains()) - {domain}
+    ended = [d for d in self.retired if d not in known]
+    return tuple(n for d in ended for n in self.retired.pop(d))
+
+  def in_step(self) -> frozenset[str]:
+    """Requests of the steps under way."""
+    return frozenset(n for r in self.running.values() for n in r.requests)
+
+
+class Running(NamedTuple):
+  """A step that is under way."""
+
+  batch: StepBatch
+  began_s: float  # monotonic
+
+  @property
+  def requests(self) -> list[str]:
+    parts = (*self.batch.rows, *self.batch.chunks)
+    return [part.request_id for part in parts]
 
 
 def serve(
@@ -68,17 +98,17 @@ def serve(
     Unrecoverable: no policy in line can recover.
   """
   view = backend.view()
-  state = with_ranks(SchedulerState(), view.mesh, view.rows_per_rank)
+  ranks = request_ranks(view)
+  state = with_ranks(SchedulerState(), ranks, view.rows_per_rank)
   loop = Loop(Recovery(policy, backend, record), state, first_step)
   while True:
     _receive(loop, intake)
-    _recover(loop)
-    batch = _next_batch(loop, chunk)
-    if batch is not None:
-      seconds = _step(loop, batch)
-      if on_step is not None and seconds is not None:
-        on_step(batch.number, seconds)
-    elif not _idle(loop, intake):
+    loop.recovery.look()
+    loop.state = loop.recovery.turn(loop.state, loop.in_step())
+    _begin(loop, chunk)
+    if loop.running:
+      _finish(loop, on_step)
+    elif not loop.recovery.resuming and not _idle(loop, intake):
       return
 
 
@@ -87,56 +117,85 @@ def _receive(loop: Loop, intake: Intake) -> None:
     loop.state = accept(loop.state, request, tokens)
 
 
-def _recover(loop: Loop) -> None:
-  """Failures first; else one bite of the repair."""
-  recovery = loop.recovery
-  failures = recovery.backend.poll(repairing=recovery.repairing)
-  if failures:
-    loop.state = recovery.handle(loop.state, failures)
-  elif recovery.repairing:
-    loop.state = recovery.repair_step(loop.state)
+def _begin(loop: Loop, chunk: int) -> None:
+  """Starts a step in every domain that has none, and something to do."""
+  recovery, backend = loop.recovery, loop.recovery.backend
+  view = backend.view()
+  if recovery.resuming and not view.disaggregated:
+    return  # one mesh: nobody can step while it is rebuilt
+  if not recovery.resuming:
+    _admit(loop)
+  held = recovery.held()
+  for domain in backend.domains():
+    if domain in loop.running:
+      continue
+    batch = schedule(
+      loop.state, number=loop.number, epoch=view.epoch, chunk=chunk,
+      rows=view.rows_per_rank, mesh=domain, held=held,
+    )  # fmt: skip
+    if batch is not None:
+      batch = dataclasses.replace(batch, retired=loop.take_retired(domain))
+      loop.number += 1
+      loop.running[domain] = Running(batch, time.monotonic())
+      backend.begin(batch)
 
 
-def _next_batch(loop: Loop, chunk: int) -> StepBatch | None:
+def _admit(loop: Loop) -> None:
   loop.state, admitted = admit(loop.state)
   for name in admitted:
     s = loop.state.sequences[name]
     loop.recovery.record(
       "admitted", request_id=name, rank=s.rank, row=s.row, step=loop.number
     )
-  view = loop.recovery.backend.view()
-  batch = schedule(
-    loop.state, number=loop.number, epoch=view.epoch, chunk=chunk,
-    rows=view.rows_per_rank,
-  )  # fmt: skip
-  if batch is not None:
-    batch = dataclasses.replace(batch, retired=loop.retired)
-  return batch
 
 
-def _step(loop: Loop, batch: StepBatch) -> float | None:
-  """Runs one step; its seconds, or None if it didn't count."""
+def _finish(
+  loop: Loop, on_step: Callable[[int, float], None] | None
+) -> None:
+  """Takes in what steps have come to; waits if there is nothing else."""
+  recovery = loop.recovery
+  busy = recovery.resuming or recovery.pending
+  for batch, tokens in recovery.backend.finished(0.0 if busy else WAIT_S):
+    running = loop.running.pop(batch.mesh)
+    if tokens is None:
+      _failed(loop, batch)
+      continue
+    seconds = time.monotonic() - running.began_s
+    _complete(loop, batch, tokens, seconds)
+    if on_step is not None:
+      on_step(batch.number, seconds)
+
+
+def _failed(loop: Loop, batch: StepBatch) -> None:
+  """Nothing of it counts: it is as if it had never been begun."""
+  loop.recovery.record("step_failed", step=batch.number, epoch=batch.epoch)
+  loop.retired[batch.mesh] = batch.retired
+  if not loop.running:
+    loop.number = min(loop.number, batch.number)
+
+
+def _complete(
+  loop: Loop, batch: StepBatch, tokens: np.ndarray, seconds: float
+) -> None:
+  """A step counts: its tokens leave.
+
+  It counts in the present epoch: a domain whose ranks have all stayed may
+  finish what it began before somebody else left.
+  """
   record = loop.recovery.record
-  start = time.monotonic()
-  try:
-    tokens = loop.recovery.backend.step(batch)
-  except StepAborted:
-    record("step_failed", step=batch.number, epoch=batch.epoch)
-    return None
   loop.state, emissions, finished = complete(loop.state, batch, tokens)
-  loop.number = batch.number + 1
-  loop.retired = tuple(f.request_id for f in finished)
-  seconds = time.monotonic() - start
+  loop.retired[batch.mesh] = tuple(f.request_id for f in finished)
+  view = loop.recovery.backend.view()
+  apart = {"domain": list(batch.mesh)} if view.disaggregated else {}
   record(
-    "step", step=batch.number, epoch=batch.epoch, bucket=batch.width,
+    "step", step=batch.number, epoch=view.epoch, bucket=batch.width,
     seconds=seconds, prefill_tokens=batch.prefill_tokens,
-    emitted=[list(e) for e in emissions],
+    emitted=[list(e) for e in emissions], **apart,
   )  # fmt: skip
   for f in finished:
     record(
       "finished", request_id=f.request_id, reason=f.reason, tokens=f.tokens
     )
-  return seconds
 
 
 def _idle(loop: Loop, intake: Intake) -> bool:

@@ -7,7 +7,7 @@ as it then is (DESIGN 4: a plan is never resumed, only replaced).
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from resilient_moe.recovery.actions import (
   RestartInstance,
   RestoreKV,
 )
+from resilient_moe.recovery.checks import request_ranks
 from resilient_moe.recovery.explain import explain
 from resilient_moe.recovery.failures import Failure, RanksLost
 from resilient_moe.recovery.plan import Plan, ordered
@@ -57,40 +58,90 @@ class EngineRestart(Exception):
 
 @dataclasses.dataclass
 class Recovery:
-  """The recovery side of a serve loop: its policy and the repair to do."""
+  """The recovery side of a serve loop: what is left to do, a bite at a time.
+
+  `resume` goes first and holds the requests that the plan pauses; `repair`
+  goes on behind traffic.
+  """
 
   policy: RecoveryPolicy
   backend: Backend
   record: Record
+  pending: collections.deque[Failure] = dataclasses.field(
+    default_factory=collections.deque
+  )
+  plan: Plan | None = None  # that is being resumed
+  resume: collections.deque[Action] = dataclasses.field(
+    default_factory=collections.deque
+  )
+  done: int = 0  # actions of `resume`
   repair: collections.deque[Action] = dataclasses.field(
     default_factory=collections.deque
   )
   repairing: bool = False
   waiting: bool = False  # for what the next action of the repair needs
 
+  @property
+  def resuming(self) -> bool:
+    return self.plan is not None
+
+  def held(self) -> frozenset[str]:
+    """Requests that wait for the rest of `resume`, or to be moved."""
+    paused = frozenset(self.plan.paused) if self.plan else frozenset()
+    return paused | self._moving()
+
+  def _moving(self) -> frozenset[str]:
+    """Requests of the next action: none of them may be in a step."""
+    parts = self.resume if self.resuming else self.repair
+    return frozenset(getattr(parts[0], "requests", ()) if parts else ())
+
   def view(self, state: SchedulerState) -> ClusterView:
     """The world as a policy sees it."""
     table = request_table(state, self.backend.checkpoints())
     return dataclasses.replace(self.backend.view(), requests=table)
 
-  def handle(
-    self, state: SchedulerState, failures: Iterable[Failure]
+  def look(self) -> None:
+    """Asks for failures; they replace what is being done."""
+    failures = self.backend.poll(
+      self.done if self.resuming else None, self.repairing
+    )
+    if failures:
+      self.pending.extend(failures)
+      self.plan, self.resume = None, collections.deque()
+
+  def turn(
+    self, state: SchedulerState, in_step: Collection[str]
   ) -> SchedulerState:
-    """Recovers from failures, and from those that come meanwhile."""
-    pending = collections.deque(failures)
-    while pending:
-      failure = _merge(pending)
-      self._report(failure)
-      plan = self._plan(state, failure)
-      if plan is None:
-        continue
+    """One bite: a plan, an action of it, or one of the repair.
+
+    `in_step`: requests of steps that are under way; they aren't moved.
+    """
+    while self.pending and not self.resuming:
+      self._plan_for(state, _merge(self.pending))
+    if self._moving() & set(in_step):
+      return state
+    if self.resuming:
+      return self._resume(state)
+    return self.repair_step(state) if self.repairing else state
+
+  def _plan_for(self, state: SchedulerState, failure: Failure) -> None:
+    self._report(failure)
+    plan = self._ask(state, failure)
+    if plan is not None:
+      self.plan, self.done = plan, 0
+      self.resume = collections.deque(ordered(plan.resume))
       self.repair = collections.deque(_fine(ordered(plan.repair)))
       self.repairing = True
-      state, more = self._resume(state, plan)
-      pending.extend(more)
-      if not more:
-        epoch = self.backend.view().epoch
-        self.record("resumed", epoch=epoch, paused=list(plan.paused))
+
+  def _resume(self, state: SchedulerState) -> SchedulerState:
+    """The next action; or, behind the last, that service goes on."""
+    if self.resume:
+      self.done += 1
+      return self._carry_out("resume", self.resume.popleft(), state)
+    assert self.plan is not None
+    epoch = self.backend.view().epoch
+    self.record("resumed", epoch=epoch, paused=list(self.plan.paused))
+    self.plan = None
     return state
 
   def repair_step(self, state: SchedulerState) -> SchedulerState:
@@ -112,7 +163,7 @@ class Recovery:
       epoch=self.backend.view().epoch,
     )  # fmt: skip
 
-  def _plan(self, state: SchedulerState, failure: Failure) -> Plan | None:
+  def _ask(self, state: SchedulerState, failure: Failure) -> Plan | None:
     start = time.monotonic()
     view = self.view(state)
     plan = recover_checked(self.policy, view, failure)
@@ -132,15 +183,6 @@ class Recovery:
       seconds=time.monotonic() - start,
     )  # fmt: skip
     return plan
-
-  def _resume(
-    self, state: SchedulerState, plan: Plan
-  ) -> tuple[SchedulerState, tuple[Failure, ...]]:
-    for done, action in enumerate(ordered(plan.resume), start=1):
-      state = self._carry_out("resume", action, state)
-      if failures := self.backend.poll(recovery_actions=done):
-        return state, failures
-    return state, ()
 
   def _carry_out(
     self, part: str, action: Action, state: SchedulerState
@@ -175,7 +217,8 @@ def carry_out(
   outcome = backend.execute(action, ())
   view = backend.view()
   lost = np.flatnonzero(view.status == Status.LOST)
-  state = with_ranks(state, view.mesh, view.rows_per_rank, lost.tolist())
+  ranks = request_ranks(view)
+  state = with_ranks(state, ranks, view.rows_per_rank, lost.tolist())
   return state, outcome
 
 

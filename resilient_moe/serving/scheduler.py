@@ -6,6 +6,7 @@ replica of the scheduler decides the same.
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -98,16 +99,26 @@ def admit(state: SchedulerState) -> tuple[SchedulerState, tuple[str, ...]]:
 
 
 def schedule(
-  state: SchedulerState, *, number: int, epoch: int, chunk: int, rows: int
+  state: SchedulerState,
+  *,
+  number: int,
+  epoch: int,
+  chunk: int,
+  rows: int,
+  mesh: tuple[int, ...] | None = None,
+  held: Collection[str] = (),
 ) -> StepBatch | None:
-  """The next step over the ranks that `state.rows` names; None: all idle."""
-  mesh = tuple(state.rows)
+  """The next step over the ranks of `mesh`; None: all idle.
+
+  `mesh` is by default whom `state.rows` names; `held` requests sit it out.
+  """
+  mesh = tuple(state.rows) if mesh is None else mesh
   decoding: list[Row] = []
   chunks: list[Chunk] = []
   for place_, rank in enumerate(mesh):
     waiting: list[Sequence] = []
     for name in state.rows[rank]:
-      if name is None:
+      if name is None or name in held:
         continue
       s = state.sequences[name]
       if s.known - s.computed <= SHORT_SUFFIX:

@@ -102,6 +102,20 @@ def test_every_case_is_judged_by_the_twin_of_its_seed(tmp_path, gateway):
   assert (twin.scenario, twin.policy, twin.seed) == ("none", "none", "1")
 
 
+@pytest.mark.parametrize("own", SCENARIOS.split(","))
+def test_a_scenario_with_requests_of_its_own_has_a_twin_of_its_own(
+  tmp_path, gateway, own
+):
+  assert _launch(tmp_path, workloads={own: {"new_tokens": (4, 4)}}) == 0
+  twins = {place for place in gateway.ran if place[1] == "none"}
+  assert twins == {(x, "none", seed) for x in ("none", own) for seed in (0, 1)}
+  lines = _csv(tmp_path)
+  assert len(lines) == 8
+  for line in lines:
+    assert line["exact"] == "1.0", line
+    assert line["changed_tokens"] == "0", line
+
+
 def test_a_line_for_each_case(tmp_path, gateway):
   _launch(tmp_path)
   lines = _csv(tmp_path)

@@ -100,6 +100,29 @@ def test_a_rank_that_somebody_else_killed_is_not_struck():
   assert injector.lost == {3, 5, 7}
 
 
+def test_a_link_takes_no_rank_and_goes_with_either_end():
+  first = Fault("link_cut", (0, 3), at_step=1)
+  later = tuple(
+    Fault("link_slow", ends, at_step=3, delay_s=0.1)
+    for ends in ((0, 3), (1, 4), (1, 5))
+  )
+  lost = Fault("rank_lost", (0, 5), at_step=2)
+  injector = Injector((first, lost, *later))
+  assert injector.poll(moment(1)) == [first]
+  assert injector.lost == set()
+  injector.poll(moment(2))
+  assert injector.poll(moment(3)) == [later[1]]
+  assert injector.finished
+
+
+def test_where_a_rank_is_struck_is_said_when_it_strikes():
+  fault = Fault("rank_lost", (2, 3), at_step=2, inside="exchange")
+  injector = Injector((Fault("rank_lost", (3,), at_step=1), fault))
+  injector.poll(moment(1))
+  (struck,) = injector.poll(moment(2))
+  assert (struck.ranks, struck.inside) == ((2,), "exchange")
+
+
 def test_the_store_and_the_supervisor_strike_once_and_take_no_rank():
   kinds = ("store_lost", "supervisor_lost")
   faults = tuple(Fault(kind, (), at_step=2) for kind in kinds)
@@ -121,6 +144,8 @@ def test_a_restart_changes_nothing(restart_at):
     Fault("rank_stuck", (4,), at_step=4, resume_s=0.5),
     Fault("rank_stuck", (6,), at_step=4),
     Fault("supervisor_lost", (), at_step=5),
+    Fault("link_slow", (1, 3), at_step=4, delay_s=0.1, resume_s=2),
+    Fault("rank_lost", (1,), at_step=5, inside="attention"),
   )
   moments = [
     moment(2),
@@ -137,7 +162,7 @@ def test_a_restart_changes_nothing(restart_at):
       injector = Injector.from_json(injector.to_json(), ranks=8)
   assert injector.to_json() == straight.to_json()
   assert injector.finished
-  assert injector.lost == {0, 2, 5, 6, 7}
+  assert injector.lost == {0, 1, 2, 5, 6, 7}
 
 
 @pytest.mark.parametrize(

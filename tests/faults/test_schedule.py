@@ -68,6 +68,12 @@ def test_only_the_clock_brings_other_faults_into_a_recovery():
   assert due(schedule, (), AT) == (0, 1, 2, 3)
 
 
+def test_the_clock_brings_no_part_of_a_step_into_a_recovery():
+  schedule = (Fault("rank_lost", (1,), at_s=0.5, inside="exchange"),)
+  assert due(schedule, (), at(recovery_actions=0)) == ()
+  assert due(schedule, (), AT) == (0,)
+
+
 def test_after_ready_waits():
   schedule = (Fault("rank_lost", (3,), at_step=20, after_ready=True),)
   assert due(schedule, (), at(ready=False)) == ()
@@ -115,6 +121,20 @@ def test_a_stuck_rank_may_go_on():
   assert (for_good.resume_s, returns.resume_s) == (None, 0.5)
 
 
+def test_a_link_and_a_part_of_a_step_are_parsed():
+  cut = {"kind": "link_cut", "ranks": [0, 3], "at_step": 3}
+  slow = cut | {"kind": "link_slow", "delay_s": 0.1, "resume_s": 2}
+  lost = {"kind": "rank_lost", "ranks": [1], "at_s": 1, "inside": "attention"}
+  stuck = lost | {"kind": "rank_stuck", "inside": "experts"}
+  assert parse_schedule([cut, slow, lost, stuck], ranks=4) == (
+    Fault("link_cut", (0, 3), at_step=3),
+    Fault("link_slow", (0, 3), at_step=3, delay_s=0.1, resume_s=2),
+    Fault("rank_lost", (1,), at_s=1, inside="attention"),
+    Fault("rank_stuck", (1,), at_s=1, inside="experts"),
+  )
+
+
+LINK = {"kind": "link_cut", "ranks": [0, 3]}
 LOST = {"kind": "rank_lost", "ranks": [3], "at_step": 20}
 
 
@@ -146,7 +166,19 @@ LOST = {"kind": "rank_lost", "ranks": [3], "at_step": 20}
     ({"kind": "rank_stuck", "ranks": []}, r"ranks is \(\)"),
     ({"kind": "rank_stuck", "resume_s": 0}, "resume_s is 0; needed is a numb"),
     ({"kind": "rank_stuck", "resume_s": "1"}, "resume_s is '1'; needed"),
-    ({"resume_s": 1.0}, "resume_s=1.0 belongs to 'rank_stuck' only"),
+    ({"resume_s": 1.0}, "resume_s=1.0 belongs to 'rank_stuck', 'link_cut', "),
+    ({"delay_s": 1.0}, "'rank_lost': delay_s=1.0 belongs to 'link_slow' only"),
+    ({"kind": "link_cut"}, r"'link_cut': ranks is \(3,\); needed are the 2"),
+    ({"kind": "link_cut", "ranks": [0, 3, 4]}, "needed are the 2 ends"),
+    (LINK | {"kind": "link_slow"}, "'link_slow': delay_s is None; needed is a"),
+    (LINK | {"kind": "link_slow", "delay_s": 0}, "delay_s is 0; .* above 0.0"),
+    (LINK | {"delay_s": 1.0}, "delay_s=1.0 belongs to 'link_slow' only"),
+    (LINK | {"resume_s": 0}, "'link_cut': resume_s is 0; needed is a number"),
+    (LINK | {"inside": "exchange"}, "inside='exchange' belongs to 'rank_lost'"),
+    ({"inside": "expert"}, "'expert'; choose from attention, exchange, exp"),
+    ({"inside": ["experts"]}, r"inside is \['experts'\]; choose from attent"),
+    ({"kind": "store_lost", "ranks": [], "inside": "exchange"}, "belongs to"),
+    ({"inside": "exchange", "during_recovery": 1}, "inside 'exchange' with du"),
     ({"kind": "store_lost"}, r"ranks is \(3,\); it strikes no rank"),
     ({"kind": "supervisor_lost"}, r"'supervisor_lost': ranks is \(3,\)"),
     ({"after_ready": "yes"}, "after_ready is 'yes'; choose from True, False"),

@@ -35,13 +35,29 @@ APART = {
 
 def serving(policy: rm.RecoveryPolicy, size: str, requests: int = 0):
   """The view in mid-decode that `policy` has prepared; 2 requests a rank."""
-  kwargs = (SIZES | APART)[size]
-  view = rm.bare_view(spares=policy.spares, **kwargs)
-  return rm.start(policy, view, requests or 2 * kwargs["ranks"])
+  view = bare(policy, size)
+  return rm.start(policy, view, requests or 2 * len(view.mesh))
+
+
+# One size of each deployment, for questions that need only one.
+MEDIUM = ("8x16", "3+5x16")
+
+
+def sizes(policy: rm.RecoveryPolicy) -> list[str]:
+  """The sizes of the deployments that `policy` is for."""
+  of = {"collocated": SIZES, "disaggregated": APART}
+  return [size for d in policy.deployments for size in of[d]]
+
+
+def bare(policy: rm.RecoveryPolicy, size: str) -> rm.ClusterView:
+  """What `policy` prepares on."""
+  return rm.bare_view(spares=policy.spares, **(SIZES | APART)[size])
 
 
 def failures(view: rm.ClusterView) -> dict[str, rm.Failure]:
   """One of each kind, and several ranks at once."""
+  if view.disaggregated:
+    return failures_apart(view)
   last = int(view.mesh[-1])
   cases: dict[str, rm.Failure] = {
     "first": rm.RanksLost((0,)),
@@ -53,6 +69,25 @@ def failures(view: rm.ClusterView) -> dict[str, rm.Failure]:
     cases["two"] = rm.RanksLost((0, last))
   if len(view.status) > len(view.mesh):
     cases["spare"] = rm.RanksLost((len(view.status) - 1,))
+  return cases
+
+
+def failures_apart(view: rm.ClusterView) -> dict[str, rm.Failure]:
+  """The same where ranks attend (the first) or hold experts (the others)."""
+  attend = np.flatnonzero(view.role == rm.Role.ATTENTION).tolist()
+  hold = np.flatnonzero(view.role == rm.Role.EXPERT).tolist()
+  cases: dict[str, rm.Failure] = {
+    "expert": rm.RanksLost((hold[0],)),
+    "attention": rm.RanksLost((attend[-1],)),
+    "both": rm.RanksLost((attend[0], hold[-1])),
+    "two experts": rm.RanksLost((hold[0], hold[-1])),
+    "all attention": rm.RanksLost(tuple(attend)),
+    "all experts": rm.RanksLost(tuple(hold)),
+    "leaving expert": rm.RanksLeaving((hold[1],), 2.0),
+    "leaving attention": rm.RanksLeaving((attend[0],), 2.0),
+    "slow": rm.Straggler(hold[0], 4.0),
+    "link": rm.LinkLost(attend[0], hold[0]),
+  }
   return cases
 
 

@@ -15,7 +15,10 @@ SEEDS = (
   [int(os.environ["RMOE_SEED"])] if "RMOE_SEED" in os.environ else range(120)
 )
 FAILURES = 8  # in a life
-POLICIES = [n for n in rm.policy_names() if n != "none"]
+POLICIES = [
+  n for n in rm.policy_names()
+  if n != "none" and "collocated" in rm.load(n).deployments
+]  # fmt: skip
 
 
 def random_start(rng):
@@ -26,7 +29,8 @@ def random_start(rng):
   if name not in ("restart", "restart_cached", "spare", "cheapest"):
     kwargs["losses"] = int(rng.integers(1, ranks))
     kwargs["replace"] = bool(rng.integers(2))
-    kwargs["rearm"] = bool(rng.integers(2))
+    if name != "revive_moe":
+      kwargs["rearm"] = bool(rng.integers(2))
   if name in ("replica_promotion", "kv_restore"):
     kwargs["replicas"] = [0, 3, "all"][rng.integers(3)]
     kwargs["shadows"] = bool(rng.integers(2))

@@ -20,6 +20,7 @@ import jax
 import jax.monitoring
 import numpy as np
 
+from resilient_moe import recovery as rm
 from resilient_moe.faults import Schedule
 from resilient_moe.mesh.executables import Executables, step_name
 from resilient_moe.model.checkpoint import save_checkpoint
@@ -30,9 +31,13 @@ from resilient_moe.runtime import assemble, engine
 from resilient_moe.runtime.case import Case, make_policy
 from resilient_moe.runtime.channel import Channel, ChannelRecorder
 from resilient_moe.runtime.emulated import EmulatedBackend
+from resilient_moe.serving import recover
 from resilient_moe.serving.recover import EngineRestart
 from resilient_moe.serving.request import Request
+from resilient_moe.serving.state import SchedulerState
+from tests.runtime.drive import Driver
 from tests.runtime.intake import ListIntake
+from tests.runtime.watch import world
 
 RANKS = 4
 MODEL = ModelConfig(
@@ -243,3 +248,110 @@ class Host:
       self._at_fault = len(COMPILED)
     if event["event"] == "failed":
       self.intake.failed.append(event["request_id"])
+
+
+def nobody(event: str, t: float | None = None, **fields: object) -> None:
+  """A record that keeps nothing."""
+
+
+def on(state: SchedulerState, rank: int) -> list[str]:
+  return [n for n, s in state.sequences.items() if s.rank == rank]
+
+
+class Plan:
+  """Carries actions out one by one, chosen by what is there.
+
+  `settle`, `copy` and `bring_back` are for runtimes where more is to see.
+  """
+
+  def __init__(self, driver: Driver) -> None:
+    self.driver = driver
+
+  @property
+  def view(self) -> rm.ClusterView:
+    return world(self.driver.backend, self.driver.state)
+
+  def do(self, *actions: rm.Action) -> list[str]:
+    outcomes = []
+    for action in actions:
+      self.driver.state, outcome = recover.carry_out(
+        action, self.driver.state, self.driver.backend, nobody
+      )
+      outcomes.append(outcome.detail)
+    return outcomes
+
+  def copy(self, tier: rm.Tier, expert: int, rank: int) -> None:
+    """An expert into a rank's first free slot."""
+    slot = int((self.view.slots[rank] < 0).argmax())
+    source = int((self.view.slots == expert).any(axis=1).argmax())
+    self.do(rm.CopyExperts((rm.Move(expert, rank, slot, source),), tier))
+
+  def serve_all(self) -> None:
+    """Everything that is held serves, up to the table's width."""
+    self.do(rm.RemapExperts(rm.retable(self.view)))
+
+  def settle(self) -> None:
+    """Lets what goes on behind the steps come to rest."""
+
+  def bring_back(self, rank: int) -> None:
+    """Replaces a rank that was fenced."""
+    self.do(rm.LaunchRank(rank), rm.Rejoin(rank))
+
+  def every_action(self) -> str:
+    """All that a collocated engine does itself; the request that it failed."""
+    driver = self.driver
+    driver.accept(make_requests(n=8))
+    driver.step(10)
+    self.settle()
+    self.copy(rm.Tier.PEER, 0, 2)
+    self.copy(rm.Tier.HOST, 1, 3)
+    self.copy(rm.Tier.DISK, 2, 0)
+    self.do(rm.MaskExperts((5, 6)))
+    self.serve_all()
+    driver.step(2)
+    self.settle()
+    self.do(rm.RebuildMesh((0, 1, 2)))
+    fetch = rm.FetchExecutable(frozenset({3}))
+    assert self.do(fetch, fetch) == ["stored", "warm"]
+    self._move_away(on(driver.state, 3))
+    self.do(rm.Fence((3,)))
+    driver.step(2)
+    self.settle()
+    self.bring_back(3)
+    self.do(rm.Verify())
+    queued, ended = on(driver.state, 0)[0], on(driver.state, 2)[0]
+    self.settle()
+    self.do(rm.RestoreKV((on(driver.state, 1)[0],), (3,), rm.Tier.HOST))
+    self.do(rm.Requeue((queued,)), rm.FailRequests((ended,)))
+    return ended
+
+  def _move_away(self, away: list[str]) -> None:
+    """What a rank leaves behind goes to the others: requests and experts."""
+    restored, computed = away
+    self.do(rm.RestoreKV((restored,), (0,), rm.Tier.PEER))
+    assert self.driver.state.sequences[restored].computed > 10
+    self.do(rm.RecomputePrefix((computed,), (1,)))
+    self.cover()
+
+  def cover(self) -> None:
+    """Experts that nobody holds any more are read again, and served."""
+    moves = rm.assign(self.view, rm.lost_experts(self.view))
+    assert not isinstance(moves, str)
+    self.do(*rm.copies_from(self.view, moves))
+    self.serve_all()
+
+  def finish(self, lab: Lab, ended: str) -> None:
+    """Serves to the end: all but `ended` said what they always say."""
+    while self.driver.step():
+      self.driver.backend.poll()
+    for name, tokens in self.driver.tokens.items():
+      assert name == ended or tokens == expected(lab, name), name
+
+
+def expected(lab: Lab, name: str) -> list[int]:
+  """What a request says without faults."""
+  return [
+    token
+    for event in lab.twin if event["event"] == "step"
+    for request, _, token in event["emitted"] if request == name
+  ]  # fmt: skip

@@ -12,49 +12,13 @@ import pytest
 from resilient_moe import recovery as rm
 from resilient_moe.runtime.execute import EXECUTE
 from resilient_moe.serving import recover
-from resilient_moe.serving.state import SchedulerState
 from tests.runtime.drive import Driver
-from tests.runtime.harness import Host, Lab, make_case, make_requests
-from tests.runtime.watch import Watch, differences, world
+from tests.runtime.harness import Host, Lab, Plan, make_case, make_requests
+from tests.runtime.watch import Watch, differences
 
 BY_THE_LOOP = {rm.Requeue, rm.FailRequests, rm.RestartInstance}
-
-
-def nobody(event: str, t: float | None = None, **fields: object) -> None:
-  """A record that keeps nothing."""
-
-
-def on(state: SchedulerState, rank: int) -> list[str]:
-  return [n for n, s in state.sequences.items() if s.rank == rank]
-
-
-class Plan:
-  """Carries actions out one by one, chosen by what is there."""
-
-  def __init__(self, driver: Driver) -> None:
-    self.driver = driver
-
-  @property
-  def view(self) -> rm.ClusterView:
-    return world(self.driver.backend, self.driver.state)
-
-  def do(self, *actions: rm.Action) -> list[str]:
-    outcomes = []
-    for action in actions:
-      self.driver.state, outcome = recover.carry_out(
-        action, self.driver.state, self.driver.backend, nobody
-      )
-      outcomes.append(outcome.detail)
-    return outcomes
-
-  def copy(self, tier: rm.Tier, expert: int, rank: int) -> None:
-    slot = int((self.view.slots[rank] < 0).argmax())
-    source = int((self.view.slots == expert).any(axis=1).argmax())
-    self.do(rm.CopyExperts((rm.Move(expert, rank, slot, source),), tier))
-
-  def serve_all(self) -> None:
-    """Everything that is held serves, up to the table's width."""
-    self.do(rm.RemapExperts(rm.retable(self.view)))
+# A restart is the gateway's, and roles are switched where they are apart.
+NOT_HERE = {"RestartInstance", "SwitchRole"}
 
 
 def test_every_action_is_as_it_is_defined(
@@ -65,53 +29,13 @@ def test_every_action_is_as_it_is_defined(
     lab, "kv_restore", policy_kwargs={"checkpoint": "host", "replicas": 0}
   )
   _, backend = Host(lab, case).start()
-  driver = Driver(backend)
-  driver.accept(make_requests(n=8))
-  driver.step(10)
-  plan = Plan(driver)
-  for tier, expert, rank in (
-    (rm.Tier.PEER, 0, 2), (rm.Tier.HOST, 1, 3), (rm.Tier.DISK, 2, 0),
-  ):  # fmt: skip
-    plan.copy(tier, expert, rank)
-  plan.do(rm.MaskExperts((5, 6)))
-  plan.serve_all()
-  driver.step(2)
-  plan.do(rm.SwitchRole(3, rm.Role.EXPERT))
-  plan.do(rm.SwitchRole(3, rm.Role.COLLOCATED), rm.RebuildMesh((0, 1, 2)))
-  assert plan.do(rm.FetchExecutable(frozenset({3}))) == ["stored"]
+  plan = Plan(Driver(backend))
+  ended = plan.every_action()
   assert plan.do(rm.FetchExecutable(frozenset({0}))) == ["stored"]
-  assert plan.do(rm.FetchExecutable(frozenset({3}))) == ["warm"]
-  away = on(driver.state, 3)
-  assert len(away) == 2
-  plan.do(rm.RestoreKV(tuple(away[:1]), (0,), rm.Tier.PEER))
-  assert driver.state.sequences[away[0]].computed > 10
-  plan.do(rm.RecomputePrefix(tuple(away[1:]), (1,)))
-  moves = rm.assign(plan.view, rm.lost_experts(plan.view))
-  assert not isinstance(moves, str)
-  plan.do(*rm.copies_from(plan.view, moves))
-  plan.serve_all()
-  plan.do(rm.Fence((3,)))
-  driver.step(2)
-  plan.do(rm.LaunchRank(3), rm.Rejoin(3), rm.Verify())
-  queued, ended = on(driver.state, 0)[0], on(driver.state, 2)[0]
-  plan.do(rm.RestoreKV((on(driver.state, 1)[0],), (3,), rm.Tier.HOST))
-  plan.do(rm.Requeue((queued,)), rm.FailRequests((ended,)))
   assert watch.wrong == []
-  done = {a.__name__ for a in rm.ACTIONS} - {"RestartInstance"}
-  assert set(watch.seen) == done
-  while driver.step():
-    pass
+  assert set(watch.seen) == {a.__name__ for a in rm.ACTIONS} - NOT_HERE
+  plan.finish(lab, ended)
   backend.close()
-  for name, tokens in driver.tokens.items():
-    assert name == ended or tokens == expected(lab, name), name
-
-
-def expected(lab: Lab, name: str) -> list[int]:
-  return [
-    token
-    for event in lab.twin if event["event"] == "step"
-    for request, _, token in event["emitted"] if request == name
-  ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", rm.ACTIONS, ids=lambda a: a.__name__)

@@ -13,7 +13,12 @@ import numpy as np
 
 from resilient_moe import recovery as rm
 from resilient_moe.recovery.policy import Standing
-from resilient_moe.serving.backend import Outcome, Placed, StepAborted
+from resilient_moe.serving.backend import (
+  Outcome,
+  Placed,
+  StepAborted,
+  Stepwise,
+)
 from resilient_moe.serving.request import Request
 from resilient_moe.serving.scheduler import StepBatch
 
@@ -40,7 +45,7 @@ def answer(request: Request) -> tuple[int, ...]:
   return tuple(out)
 
 
-class FakeBackend:
+class FakeBackend(Stepwise):
   """`serving.backend.Backend`; `advance` defines what actions do."""
 
   def __init__(
@@ -67,6 +72,9 @@ class FakeBackend:
 
   def view(self) -> rm.ClusterView:
     return self._view
+
+  def domains(self) -> tuple[tuple[int, ...], ...]:
+    return (tuple(self._view.mesh.tolist()),)
 
   def checkpoints(self) -> dict[str, tuple[int, int]]:
     return {n: (len(kv), holder) for n, (kv, holder) in self.saved.items()}

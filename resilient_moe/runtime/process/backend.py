@@ -6,14 +6,13 @@ by a second message: what a rank computed in a step that somebody did not
 finish is dropped.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from resilient_moe.faults import Fault, Injector, Moment
+from resilient_moe.faults import Fault, Injector
 from resilient_moe.mesh.executables import Source
 from resilient_moe.mesh.programs import InstanceShape
 from resilient_moe.recovery import (
@@ -36,7 +35,7 @@ from resilient_moe.recovery.actions import (
 )
 from resilient_moe.recovery.view import Tier
 from resilient_moe.runtime.execute import Mesh
-from resilient_moe.runtime.instance import Instance, packed
+from resilient_moe.runtime.instance import Instance, Memory, packed
 from resilient_moe.runtime.process.crew import Crew
 from resilient_moe.runtime.process.kv_copies import KVCopies
 from resilient_moe.runtime.process.mate import RanksGone, WorkerFailed
@@ -48,7 +47,6 @@ from resilient_moe.serving.scheduler import StepBatch
 
 IN_RECOVERY_S = 0.005  # a fault in a recovery strikes within its next action
 FIRST_STEP_S = 0.02  # what a step is taken to last before one was measured
-REST = 2.0  # serving between two bites of readiness, in bites
 
 
 class ProcessBackend(Instance):
@@ -69,21 +67,16 @@ class ProcessBackend(Instance):
     record: Record,
     now_s: Callable[[], float],
   ) -> None:
-    super().__init__(view, standing, readiness, injector, record)
+    super().__init__(view, standing, readiness, injector, record, now_s)
     self._shape = shape
     self.crew = crew
     self.kv = copies
     self._launch = launch
     self._signals = signals
     self._remember = remember
-    self._now_s = now_s
     self.parts: dict[int, tuple[float, float]] = {}  # of the last step, s:
     # without collectives, and in the program
-    self._pending: list[Failure] = []
-    self._moment = Moment(step=0, t_s=0.0, emitted_tokens=0)
     self._step_s = FIRST_STEP_S
-    self._rest_until = 0.0
-    self._repairing = False
     self._awaited: set[int] = set()  # killed, and not noticed yet
     self._told: Mesh = ()  # the mesh whose routing the workers have
     self.announce()
@@ -97,11 +90,7 @@ class ProcessBackend(Instance):
   def step(self, batch: StepBatch) -> np.ndarray:
     mesh = self.facts.mesh
     self.kv.seats(batch)
-    self._moment = Moment(
-      step=batch.number, t_s=self._now_s(), emitted_tokens=batch.emitted,
-      in_prefill=bool(batch.chunks), ready=self._settled(),
-    )  # fmt: skip
-    self._arm(self._step_s)
+    self._arm(self.due_in_step(batch, self._settled()), self._step_s)
     ints = packed(batch)
     start = time.monotonic()
     try:
@@ -141,7 +130,7 @@ class ProcessBackend(Instance):
     watch = self.crew.watch
     watch.stepped(self._step_s, {r: values[r][1] for r in mesh})
     for rank, slowdown in watch.slow.reports():
-      self._pending.append(Straggler(rank, slowdown))
+      self.pending.append(Straggler(rank, slowdown))
     for rank in mesh:
       self.kv.heard(rank, *values[rank][3:])
 
@@ -151,21 +140,15 @@ class ProcessBackend(Instance):
     self, recovery_actions: int | None = None, repairing: bool = False
   ) -> tuple[Failure, ...]:
     if recovery_actions is None:
-      self._repairing = repairing
+      self.repairing = repairing
     self.crew.look()
     if recovery_actions is not None:
-      self._moment = dataclasses.replace(
-        self._moment, t_s=self._now_s(), in_prefill=False,
-        recovery_actions=recovery_actions, ready=False,
-      )  # fmt: skip
-      self._arm(IN_RECOVERY_S)
+      faults = self.due_in_recovery(recovery_actions, ready=False)
+      self._arm(faults, IN_RECOVERY_S)
     self._take_lost()
-    if recovery_actions is None and not self._pending:
+    if recovery_actions is None and not self.pending:
       self._in_peace()
-    failures, self._pending = tuple(self._pending), []
-    # A recovery begins: until a poll says otherwise, something is repaired.
-    self._repairing |= bool(failures)
-    return failures
+    return self.take_pending()
 
   def _take_lost(self) -> None:
     status = self.facts.view.status
@@ -178,53 +161,39 @@ class ProcessBackend(Instance):
       self.injector.add_lost(lost)
       self.kv.lost(lost)
       self._awaited.difference_update(lost)
-      self._pending.append(RanksLost(tuple(sorted(lost))))
+      self.pending.append(RanksLost(tuple(sorted(lost))))
 
   def _settled(self) -> bool:
     """Nothing is under way behind traffic, and no kill is unnoticed."""
-    quiet = self.readiness.done and not self._repairing
+    quiet = self.readiness.done and not self.repairing
     return quiet and not self._awaited
 
   def _in_peace(self) -> None:
-    """Background work, a bite at a time, with rests between the bites."""
-    start = time.monotonic()
+    """Background work, a bite at a time."""
     try:
       self.kv.rebase_one()
-      if start < self._rest_until or not self.readiness.working:
-        self.make_ready()  # looks after the compiler
-        return
       self.make_ready()
     except RanksGone:
       self._take_lost()
-    end = time.monotonic()
-    self._rest_until = end + REST * (end - start)
 
   # -- faults
 
-  def _arm(self, within_s: float) -> None:
-    faults = self.injector.poll(self._moment)
+  def _arm(self, faults: list[Fault], within_s: float) -> None:
     if faults:
       self._remember(self.injector)
     for fault in faults:
       if fault.kind == "rank_leaving":
         self.struck(fault)
         deadline = float(fault.deadline_s or 0.0)
-        self._pending.append(RanksLeaving(fault.ranks, deadline))
+        self.pending.append(RanksLeaving(fault.ranks, deadline))
       else:
         if fault.kind == "rank_lost":
           self._awaited.update(r for r in fault.ranks if self.crew.alive(r))
         self._signals.arm(fault, within_s)
 
   def struck(self, fault: Fault) -> None:
-    """Ground truth for the history, right before a fault happens."""
-    hurts = fault.kind in ("rank_lost", "rank_leaving", "rank_stuck")
-    recovering = self._moment.recovery_actions is not None
-    phase = "prefill" if self._moment.in_prefill else "decode"
-    self.record(
-      "fault", kind=fault.kind, ranks=list(fault.ranks),
-      affected=self.kv.sitting_on(fault.ranks) if hurts else [],
-      phase="recovery" if recovering else phase, step=self._moment.step,
-    )  # fmt: skip
+    """Told right before a fault happens."""
+    self.record_fault(fault, self.kv.sitting_on(fault.ranks))
 
   # -- actions
 
@@ -320,10 +289,9 @@ class ProcessBackend(Instance):
       return self.crew.call(calls, op).good()
     except WorkerFailed:
       # Whoever it read from may be dead, or stuck: then it doesn't answer.
-      up = [r for r in self.crew.ranks() if self.crew.is_up(r)]
-      self.crew.call({r: {} for r in up}, "done")
+      self.crew.call({r: {} for r in self.crew.up_ranks()}, "done")
       self._take_lost()
-      for failure in self._pending:
+      for failure in self.pending:
         if isinstance(failure, RanksLost):
           raise RanksGone(failure.ranks) from None
       raise
@@ -345,11 +313,24 @@ class ProcessBackend(Instance):
   def checkpoints(self) -> Mapping[str, tuple[int, int]]:
     return self.kv.records()
 
-  def connections(self) -> int:
+  def memory(self) -> Memory:
+    """The host's copy of the experts counts in each process: it is a host."""
+    view = self.facts.view
+    mates = [self.crew.mate(r) for r in self.crew.ranks()]
+    ups = [mate.up for mate in mates if mate.up is not None]
+    rows = len(ups) * view.rows_per_rank
+    if self.standing.checkpoint == "none":
+      rows = 0
+    return Memory(
+      len(ups), ups[0].dense_bytes if ups else 0,
+      sum(up.host_bytes for up in ups), rows * self.row_bytes,
+    )  # fmt: skip
+
+  def held_open(self) -> dict[str, int]:
     """Connections between workers that all meshes together keep open."""
-    up = [r for r in self.crew.ranks() if self.crew.is_up(r)]
-    ends = self.crew.call({r: {} for r in up}, "connections").good()
-    return sum(ends.values()) // 2
+    everybody: dict[int, dict] = {r: {} for r in self.crew.up_ranks()}
+    ends = self.crew.call(everybody, "connections").good()
+    return {"connections": sum(ends.values()) // 2}
 
   def close(self) -> None:
     """Ends every process; what the checkpoints came to is recorded."""

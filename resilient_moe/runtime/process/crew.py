@@ -107,6 +107,10 @@ class Crew:
     """Everybody who was started and is not known to be gone."""
     return tuple(self._mates)
 
+  def up_ranks(self) -> tuple[int, ...]:
+    """Those of them that can be called."""
+    return tuple(r for r in self.ranks() if self.is_up(r))
+
   def is_up(self, rank: int) -> bool:
     """Whether a rank that was started can be called; takes its greetings.
 

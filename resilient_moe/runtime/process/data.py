@@ -7,6 +7,8 @@ flush.
                                           <- ["failed", reason]
   stream  -> ["hello", rank]
           -> ["put", segments, header], bytes
+          -> ["log", step, layer, lanes, header], bytes
+          -> ["commit", step, segments]
           -> ["rebase", request, header], bytes
           -> ["forget", names]
           -> ["flush", token]             <- ["flushed", token, refused]
@@ -24,12 +26,13 @@ from typing import Any
 import numpy as np
 
 from resilient_moe.runtime.process.link import Address, Link, dial, left_s
-from resilient_moe.runtime.process.mirror import KVMirror
+from resilient_moe.runtime.process.mirror import Intake, KVMirror
 
 Read = Callable[..., Sequence[np.ndarray]]
 
 HANDSHAKE_S = 10.0  # for a peer that connects and then says nothing
 CLOSE_S = 5.0
+DRAIN_S = 0.01  # what a dead rank had sent is read by then; later is harmless
 # What a peer that dies, stalls, has another key or talks another language
 # leads to (a wrong greeting is an assertion in Python 3.11).
 LOST = (OSError, EOFError, AuthenticationError, AssertionError, ValueError)
@@ -48,9 +51,11 @@ class DataServer:
 
   def __init__(
     self, host: str, authkey: bytes, mirror: KVMirror | None,
-    reads: Mapping[str, Read],
+    reads: Mapping[str, Read], delay_s: float = 0.0,
   ) -> None:  # fmt: skip
     """`reads` maps the name of a pull to what answers it.
+
+    `delay_s` is a fault: how long each message of a stream lies unread.
 
     Always there: "streams_ended" (rank, timeout_s) and, with a mirror, "kv"
     (request_id) and "records".
@@ -58,6 +63,7 @@ class DataServer:
     self.complaints: list[str] = []  # of clients that were cut off
     self._authkey = authkey
     self._mirror = mirror
+    self._delay_s = delay_s
     ended = lambda rank, wait_s: [np.array(self.streams_ended(rank, wait_s))]
     own: dict[str, Read] = {"streams_ended": ended}
     if mirror is not None:
@@ -153,26 +159,26 @@ class DataServer:
     """Reads a stream to its end; a message counts when all of it is here."""
     if self._mirror is None:
       raise ValueError("a stream to a process that keeps no mirror")
-    refused: dict[str, None] = {}  # a set that keeps their order
+    intake = Intake(self._mirror)
     while True:
+      if self._delay_s:
+        time.sleep(self._delay_s)
       match link.receive():
         case ["put", segments, header]:
           (data,) = link.receive_arrays(header)
-          for name, _, start, _ in segments:
-            if start == 0:
-              refused.pop(name, None)
-          refused |= dict.fromkeys(self._mirror.put(segments, data))
+          intake.put(segments, data)
+        case ["log", step, layer, lanes, header]:
+          (data,) = link.receive_arrays(header)
+          intake.log(step, layer, lanes, data)
+        case ["commit", step, segments]:
+          intake.commit(step, segments)
         case ["rebase", name, header]:
           (kv,) = link.receive_arrays(header)
-          self._mirror.rebase(name, kv)
-          refused.pop(name, None)
+          intake.rebase(name, kv)
         case ["forget", names]:
-          self._mirror.forget(names)
-          for name in names:
-            refused.pop(name, None)
+          intake.forget(names)
         case ["flush", token]:
-          link.send(["flushed", token, list(refused)])
-          refused.clear()
+          link.send(["flushed", token, intake.take_refused()])
         case message:
           raise ValueError(f"a stream can't contain {message!r:.80}")
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from resilient_moe.recovery.view import Tier
 from resilient_moe.runtime.process.crew import Crew
-from resilient_moe.runtime.process.data import DataClient
+from resilient_moe.runtime.process.data import DRAIN_S, DataClient
 from resilient_moe.runtime.process.kv_store import StoreProcess
 from resilient_moe.runtime.process.mate import WorkerFailed
 from resilient_moe.runtime.process.wire import Address
@@ -23,7 +23,6 @@ from resilient_moe.serving.recover import Record
 from resilient_moe.serving.scheduler import StepBatch
 
 HOST = -1  # holder of what the store process mirrors
-DRAIN_S = 0.01  # what a dead rank had sent is read by then; later is harmless
 
 
 class KVCopies:

@@ -5,7 +5,8 @@
 
 It says its address on the inherited socket `fd`, and exits when that ends: so
 it lives no longer than the process that started it. The key comes in hex in
-RMOE_AUTHKEY, because everybody can read a command line.
+RMOE_AUTHKEY, because everybody can read a command line. `--delay_s` is a fault,
+a store that is slow to take what is streamed to it.
 """
 
 import argparse
@@ -20,10 +21,9 @@ from collections.abc import Sequence
 
 from resilient_moe.runtime.parent import as_parent, die_with_parent
 from resilient_moe.runtime.process.data import DataServer
-from resilient_moe.runtime.process.link import Address
+from resilient_moe.runtime.process.link import AUTHKEY, Address
 from resilient_moe.runtime.process.mirror import KVMirror
 
-AUTHKEY = "RMOE_AUTHKEY"
 HOST = "127.0.0.1"
 START_S = 30.0  # an interpreter and numpy, on a loaded machine
 MODULE = "resilient_moe.runtime.process.kv_store"
@@ -39,6 +39,10 @@ class StoreProcess:
     self.address = address
     self._end = end
 
+  @property
+  def alive(self) -> bool:
+    return self.process.poll() is None
+
   def close(self) -> None:
     """Kills it and waits; what it mirrored is gone."""
     self._end.close()
@@ -46,9 +50,13 @@ class StoreProcess:
 
 
 def start(
-  shape: Sequence[int], dtype: str, authkey: bytes, timeout_s: float = START_S
-) -> StoreProcess:
+  shape: Sequence[int], dtype: str, authkey: bytes, timeout_s: float = START_S,
+  delay_s: float = 0.0,
+) -> StoreProcess:  # fmt: skip
   """Starts a store for requests of `shape`, [L, 2K, T, d].
+
+  It ends with the thread that calls this. `delay_s` is a fault: how long each
+  message of a stream lies there unread.
 
   Raises:
     ConnectionError: it ended, or said no address within `timeout_s`.
@@ -59,7 +67,7 @@ def start(
   with theirs:
     process = subprocess.Popen(
       [sys.executable, "-m", MODULE, f"--fd={fd}", f"--shape={sizes}",
-       f"--dtype={dtype}"],
+       f"--dtype={dtype}", f"--delay_s={delay_s}"],
       pass_fds=[fd], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
       env={**os.environ, **as_parent(), AUTHKEY: authkey.hex()},
       start_new_session=True,  # Ctrl-C is for the parent, which ends it
@@ -102,12 +110,14 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--fd", type=int, required=True)
   parser.add_argument("--shape", required=True, help="L,2K,T,d")
   parser.add_argument("--dtype", required=True)
+  parser.add_argument("--delay_s", type=float, default=0.0)
   options = parser.parse_args(argv)
   if AUTHKEY not in os.environ:
     parser.error(f"{AUTHKEY} is not set: the key in hex")
   shape = [int(size) for size in options.shape.split(",")]
   authkey = bytes.fromhex(os.environ[AUTHKEY])
-  server = DataServer(HOST, authkey, KVMirror(shape, options.dtype), {})
+  mirror = KVMirror(shape, options.dtype)
+  server = DataServer(HOST, authkey, mirror, {}, options.delay_s)
   host, port = server.address
   with socket.socket(fileno=options.fd) as end:
     line = json.dumps({"host": host, "port": port}) + "\n"

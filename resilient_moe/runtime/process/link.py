@@ -22,6 +22,7 @@ from resilient_moe.runtime.process.mirror import named_dtype
 
 Address = tuple[str, int]
 
+AUTHKEY = "RMOE_AUTHKEY"  # environment variable, in hex
 ALIGN_BYTES = 64  # JAX on CPU takes a host array as it is only if aligned
 
 

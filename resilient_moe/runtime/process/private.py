@@ -3,8 +3,8 @@
 What JAX has no public door for yet: a coordination service that outlives
 every worker, a worker that comes back under the same number, and the end of a
 collective whose peer is dead. `tests/runtime/process/test_private.py` says
-which name is missing when a JAX version moves one. How each was found to work
-is told in `docs` of the README, "Processes".
+which name is missing when a JAX version moves one. How they are used is told in
+the README, "Processes that are really killed" and "Design".
 """
 
 import ctypes
@@ -122,13 +122,11 @@ class Connections:
         raise ConnectionAbortedError(f"member(s) {sorted(gone)} are gone")
       known = mesh in self._of
       self._making = None if known else (mesh, before)
-    if known:
-      return run()
     try:
       return run()
     finally:
       with self._lock:
-        if not self._gone.intersection(mesh):
+        if not known and not self._gone.intersection(mesh):
           self._of[mesh] = _appeared(before)
         self._making = None
 

@@ -74,7 +74,6 @@ class Signals:
     elif fault.kind == "supervisor_lost":
       os.kill(os.getpid(), signal.SIGKILL)
 
-
   def _hit(
     self, fault: Fault, pids: list[int], number: signal.Signals
   ) -> None:

@@ -1,8 +1,9 @@
 """A worker's KV checkpoints on their way to whoever mirrors them.
 
-The step hands its delta over and goes on. What the holder can't take in time
-is dropped, oldest first, and shows as a gap that the holder refuses: nothing is
-lost by that but the checkpoint.
+The step hands its delta over and goes on: whole when it is committed, or layer
+by layer while it runs, with a commit record behind. What the holder can't take
+in time is dropped, oldest first, and shows as a gap that the holder refuses:
+nothing is lost by that but the checkpoint.
 
 One thread owns the connection to a holder. It sends nothing while a flush is
 unanswered, so no reply is unread while data is on its way: if the process is
@@ -11,61 +12,61 @@ connection.
 """
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
+from resilient_moe.runtime.process.layer_log import (
+  Backlog,
+  Commit,
+  Drain,
+  Forget,
+  Item,
+  Log,
+  Rebase,
+  Step,
+)
 from resilient_moe.runtime.process.link import Address, Link, dial
 from resilient_moe.runtime.process.mirror import Segment
 
-MAX_QUEUED = 256  # steps and whatever else was handed over
+MAX_QUEUED = 256  # steps and rebases that were handed over
 FLUSH_STEPS = 8  # a gap is known after so many steps,
 FLUSH_IDLE_S = 0.02  # or when nothing more came for this long
+PATIENCE_S = 0.05
+POLL_S = 0.001  # of a link that nobody calls idle: less than its gaps
 CONNECT_S = 10.0
 CLOSE_S = 5.0
 
-
-class _Step(NamedTuple):
-  segments: list[Segment]
-  delta: Any  # [L, 1, n, 2K, d]
-
-
-class _Rebase(NamedTuple):
-  request_id: str
-  kv: Any  # [L, 2K, tokens, d]
-
-
-class _Forget(NamedTuple):
-  names: list[str]
-
-
-class _Drain:
-  """Set when what was handed over before it has arrived, or can't any more."""
-
-  def __init__(self) -> None:
-    self.done = threading.Event()
-    self.awaited = True  # else it may not answer for what was dropped
-    self.arrived = False
-
-
-_Item = _Step | _Rebase | _Forget | _Drain
+Idle = Callable[[], bool]
 
 
 class KVStream:
   """Streams one rank's KV to a holder. No call blocks but `drain`, `close`.
 
-  `target`, `close` and the rest are for one thread, the worker's.
+  `target`, `close` and the rest are for one thread, the worker's; `wake` is
+  for any.
   """
 
   def __init__(
-    self, rank: int, authkey: bytes, warn: Callable[[str], None]
-  ) -> None:
-    """`warn` gets a sentence, mostly in the stream's own thread."""
+    self, rank: int, authkey: bytes, warn: Callable[[str], None],
+    idle: Idle | None = None, patience_s: float = PATIENCE_S,
+  ) -> None:  # fmt: skip
+    """What is streamed by whom, and when.
+
+    Args:
+      rank: The worker's.
+      authkey: What the holders know.
+      warn: Gets a sentence, mostly in the stream's own thread.
+      idle: Whether the worker's link to the others has nothing else to carry,
+        asked in the stream's own thread. KV waits until then; None: never.
+      patience_s: The longest that it waits, since it was handed over.
+    """
     self._rank = rank
     self._authkey = authkey
     self._warn = warn
+    self._idle, self._patience_s = idle, patience_s
     self._holder: _Holder | None = None
     self._sent_before_bytes = 0
 
@@ -91,8 +92,9 @@ class KVStream:
     if self._holder is not None:
       self._holder.end()
     self._holder = address and _Holder(
-      address, self._rank, self._authkey, self._warn
-    )
+      address, self._rank, self._authkey, self._warn, self._idle,
+      self._patience_s,
+    )  # fmt: skip
 
   def put(self, segments: Iterable[Segment], delta: Any) -> None:
     """Hands over a committed step.
@@ -101,15 +103,48 @@ class KVStream:
       segments: (request, first lane, first position, positions) each.
       delta: This rank's part, [L, 1, n, 2K, d]; anything numpy can read.
     """
-    self._hand_over(_Step(list(segments), delta))
+    self._hand_over(Step(list(segments), delta))
+
+  def log(
+    self, segment_id: int, layer: int, data: Any,
+    lanes: Sequence[int] | None = None,
+  ) -> None:  # fmt: skip
+    """Hands over one layer of a step that still runs.
+
+    It counts once the step's `commit` has followed, and never if another
+    target came between.
+
+    Args:
+      segment_id: The step's: larger than that of any before. A step that is
+        aborted and run again has a new one.
+      layer: Its number.
+      data: The step's lanes, [n, 2K, d]; anything numpy can read, and left as
+        it is until it is sent.
+      lanes: Which of them are sent, the same for all layers; None: all.
+    """
+    self._hand_over(Log(segment_id, layer, data, lanes))
+
+  def commit(self, segment_id: int, segments: Iterable[Segment]) -> None:
+    """The logged step counts: hands over its commit record.
+
+    Args:
+      segment_id: The step's.
+      segments: As of `put`; lanes are those of the `data` that was logged.
+    """
+    self._hand_over(Commit(segment_id, list(segments)))
+
+  def wake(self) -> None:
+    """The link is idle; without it, that is seen within a millisecond."""
+    if (holder := self._holder) is not None:
+      holder.wake()
 
   def rebase(self, request_id: str, kv: Any) -> None:
     """Hands over a request's whole KV, [L, 2K, tokens, d]."""
-    self._hand_over(_Rebase(request_id, kv))
+    self._hand_over(Rebase(request_id, kv))
 
   def forget(self, names: Iterable[str]) -> None:
     """The holder may drop these requests."""
-    self._hand_over(_Forget(list(names)))
+    self._hand_over(Forget(list(names)))
 
   def drain(self, timeout_s: float) -> bool:
     """Waits; whether all that was handed over since the last has arrived.
@@ -117,7 +152,7 @@ class KVStream:
     Also what the holder refused has arrived: see `take_refused`. False also if
     something was dropped on the way, or the time was over.
     """
-    item = _Drain()
+    item = Drain()
     if not self._hand_over(item):
       return False
     item.awaited = item.done.wait(timeout_s)
@@ -134,7 +169,7 @@ class KVStream:
     if holder is not None:
       holder.thread.join(CLOSE_S)
 
-  def _hand_over(self, item: _Item) -> bool:
+  def _hand_over(self, item: Item) -> bool:
     return self._holder is not None and self._holder.hand_over(item)
 
 
@@ -143,7 +178,7 @@ class _Holder:
 
   def __init__(
     self, address: Address, rank: int, authkey: bytes,
-    warn: Callable[[str], None],
+    warn: Callable[[str], None], idle: Idle | None, patience_s: float,
   ) -> None:  # fmt: skip
     self.alive = True
     self.bytes_sent = 0
@@ -151,12 +186,13 @@ class _Holder:
     self._rank = rank
     self._authkey = authkey
     self._warn = warn
+    self._idle, self._patience_s = idle, patience_s
     self._warned: set[str] = set()
     self._changed = threading.Condition()  # guards what follows
-    self._queue: deque[_Item] = deque()
+    self._backlog = Backlog(MAX_QUEUED)
     self._refused: set[str] = set()
     self._link: Link | None = None
-    self._sending = False  # a step is out of the queue and not sent yet
+    self._sending: Item | None = None  # of a step; out, and not sent yet
     self._dropped = False  # something, since the last drain
     self._ended = False
     self.thread = threading.Thread(target=self._work, daemon=True)
@@ -166,20 +202,25 @@ class _Holder:
 
   def pending(self) -> int:
     with self._changed:
-      return self._sending + sum(isinstance(i, _Step) for i in self._queue)
+      partly = self._backlog.has(self._sending)  # it is counted there
+      return self._backlog.steps() + (self._sending is not None and not partly)
+
+  def wake(self) -> None:
+    with self._changed:
+      self._changed.notify()
 
   def take_refused(self) -> set[str]:
     with self._changed:
       refused, self._refused = self._refused, set()
     return refused
 
-  def hand_over(self, item: _Item) -> bool:
+  def hand_over(self, item: Item) -> bool:
     """Queues it; False: the holder is gone, and it is dropped."""
     with self._changed:
       if not self.alive:
         return False
-      full = len(self._queue) >= MAX_QUEUED and self._drop_oldest()
-      self._queue.append(item)
+      full = self._backlog.add(item, time.monotonic())
+      self._dropped |= full
       self._changed.notify()
     if full:
       self._warn_once("behind", f"are {MAX_QUEUED} steps behind, the oldest "
@@ -194,20 +235,10 @@ class _Holder:
       if self._link is not None:  # the thread may be stuck in it
         self._link.shutdown()
 
-  def _drop_oldest(self) -> bool:
-    for i, item in enumerate(self._queue):
-      if isinstance(item, _Step | _Rebase):
-        del self._queue[i]
-        self._dropped = True
-        return True
-    return False  # only what takes no room
-
   def _give_up(self) -> None:
     self.alive = False
-    for item in self._queue:
-      if isinstance(item, _Drain):
-        item.done.set()
-    self._queue.clear()
+    for drain in self._backlog.clear():
+      drain.done.set()
     self._changed.notify()
 
   def _warn_once(self, kind: str, what: str) -> None:
@@ -243,42 +274,63 @@ class _Holder:
       while not self._ended:
         item = self._next(FLUSH_IDLE_S if unflushed else None)
         self._send(link, item)
-        unflushed += isinstance(item, _Step)
+        unflushed += isinstance(item, Step | Commit)
         if unflushed and (item is None or unflushed >= FLUSH_STEPS):
           self._flush(link)
           unflushed = 0
     finally:
       with self._changed:
-        self._sending = False
+        self._sending = None
         self._link = None
       link.close()
 
-  def _next(self, wait_s: float | None) -> _Item | None:
-    """The next item; None: nothing came, or this is over."""
+  def _next(self, wait_s: float | None) -> Item | None:
+    """The next item, in its time; None: nothing came, or this is over."""
     with self._changed:
-      self._sending = False
-      ready = lambda: self._queue or self._ended
+      self._sending = None
+      ready = lambda: self._backlog or self._ended
       if not self._changed.wait_for(ready, wait_s) or self._ended:
         return None
-      item = self._queue.popleft()
-      self._sending = isinstance(item, _Step)
-      return item
+      since_s, item = self._backlog.take()
+      if isinstance(item, Step | Log | Commit):
+        self._sending = item
+    if isinstance(item, Step | Log | Rebase):
+      self._hold_back(since_s + self._patience_s)
+      return None if self._ended else item
+    return item
 
-  def _send(self, link: Link, item: _Item | None) -> None:
+  def _hold_back(self, until_s: float) -> None:
+    """Waits for the link, until a moment at most.
+
+    The moment counts from when an item was handed over: what is behind it
+    doesn't wait anew, so the lag stays what it is on a link that is never idle.
+    """
+    while self._idle is not None and not (self._ended or self._idle()):
+      left_s = until_s - time.monotonic()
+      if left_s <= 0:
+        return
+      with self._changed:
+        self._changed.wait(min(left_s, POLL_S))
+
+  def _send(self, link: Link, item: Item | None) -> None:
     match item:
-      case _Step(segments, delta):
+      case Step(segments, delta):
         self._send_step(link, segments, delta)
-      case _Rebase(name, kv):
+      case Log():
+        self._send_log(link, item)
+      case Commit(number, segments):
+        link.send(["commit", number, segments])
+      case Rebase(name, kv):
         with self._changed:
           self._refused.discard(name)
         kv = np.asarray(kv)
         link.send(["rebase", name], [kv])
         self.bytes_sent += kv.nbytes
-      case _Forget(names):
+      case Forget(names):
         with self._changed:
           self._refused.difference_update(names)
         link.send(["forget", names])
-      case _Drain():
+      case Drain():
         try:
           self._flush(link)
           with self._changed:
@@ -294,15 +346,28 @@ class _Holder:
     for name, lane, start, length in segments:
       packed.append((name, len(lanes), start, length))
       lanes += range(lane, lane + length)
+    data = self._read(lambda: np.take(np.asarray(delta)[:, 0], lanes, axis=1))
+    if data is not None:
+      link.send(["put", packed], [data])
+      self.bytes_sent += data.nbytes
+
+  def _send_log(self, link: Link, log: Log) -> None:
+    """Sends a layer; if it can't be read, its step will be refused."""
+    lanes = None if log.lanes is None else [int(lane) for lane in log.lanes]
+    some = slice(None) if lanes is None else lanes
+    data = self._read(lambda: np.asarray(log.data)[some])
+    if data is not None:
+      link.send(["log", log.segment_id, log.layer, lanes], [data])
+      self.bytes_sent += data.nbytes
+
+  def _read(self, read: Callable[[], np.ndarray]) -> np.ndarray | None:
     try:
-      data = np.take(np.asarray(delta)[:, 0], lanes, axis=1)
+      return read()
     except Exception as error:  # noqa: BLE001 - degrade, and say so
       with self._changed:
         self._dropped = True
       self._warn_once("unread", f"left out a step ({error!r}): its requests")
-      return
-    link.send(["put", packed], [data])
-    self.bytes_sent += data.nbytes
+      return None
 
   def _flush(self, link: Link) -> None:
     """Waits until all that was sent is in the mirror; asks what was not."""

@@ -1,7 +1,6 @@
 """Starts an engine of processes: the service, the workers, the store."""
 
 import pathlib
-import signal
 import socket
 import time
 from collections.abc import Mapping
@@ -10,14 +9,15 @@ import numpy as np
 
 from resilient_moe.faults import Fault, Injector
 from resilient_moe.mesh.executables import Executables
-from resilient_moe.model.step import cache_shape
-from resilient_moe.recovery import Status, mesh_named
+from resilient_moe.model.step import request_kv_shape
+from resilient_moe.recovery import mesh_named
 from resilient_moe.report import Recorder
 from resilient_moe.report.runs import write_text
 from resilient_moe.runtime.assemble import (
   Fresh,
   Plans,
-  Stages,
+  make_injector,
+  stages_of,
   store_folder,
 )
 from resilient_moe.runtime.case import Case
@@ -76,17 +76,17 @@ class _Start:
     self._probes = scratch / "probes"
     limits = Limits(**case.detector)
     watch = Watch(limits, self._probes)
-    self._signals = Signals(
-      case.seed, self._pid, self._store_pid, self._struck, self._elsewhere
-    )
     self._crew = Crew(
-      self._cluster, recorder.write, watch, self._signals.due
+      self._cluster, recorder.write, watch, lambda: self._signals.due()
+    )
+    self._signals = Signals(
+      case.seed, self._pid, self._store_pid, self._struck, self._crew.strike
     )
     self._store: kv_store.StoreProcess | None = None
     self._backend: ProcessBackend | None = None
 
   def run(self) -> ProcessBackend:
-    stage = Stages(self._recorder, self._fresh.generation)
+    stage = stages_of(self._recorder, self._fresh.generation)
     for rank in self._ranks:
       slots = tuple(self._plans.view.slots[rank].tolist())
       self._crew.start(rank, 0, self._setup(rank, slots))
@@ -133,9 +133,8 @@ class _Start:
 
   def _setup(self, rank: int, slots: tuple[int, ...]) -> Setup:
     standing = self._plans.standing
-    numbers = {r: i for i, r in enumerate(self._ranks)}
     return Setup(
-      number=numbers[rank], numbers=numbers,
+      numbers={r: i for i, r in enumerate(self._ranks)},
       incarnations=dict(self._incarnations), coordinator=self._address,
       n_devices=INCARNATIONS, platform=self._cluster.platform,
       checkpoint=str(pathlib.Path(self._case.checkpoint).absolute()),
@@ -148,21 +147,14 @@ class _Start:
   def _start_store(self) -> None:
     if self._plans.standing.checkpoint != "host":
       return
-    n_layers, _, _, heads, length, d = cache_shape(
-      self._plans.config, self._plans.shape.options
-    )
-    self._store = kv_store.start(
-      (n_layers, heads, length, d), self._plans.config.dtype,
-      self._crew.authkey,
-    )  # fmt: skip
+    config = self._plans.config
+    shape = request_kv_shape(config, self._plans.shape.options)
+    self._store = kv_store.start(shape, config.dtype, self._crew.authkey)
 
   def _make(self) -> ProcessBackend:
     case, plans, crew = self._case, self._plans, self._crew
     record = self._recorder.write
-    injector = Injector(case.faults)
-    if self._fresh.injector:
-      n = len(plans.view.status)
-      injector = Injector.from_json(self._fresh.injector, n)
+    injector = make_injector(case, plans, self._fresh)
     copies = KVCopies(
       plans.standing.checkpoint, crew, self._store, plans.shape.options.rows,
       record,
@@ -222,9 +214,6 @@ class _Start:
     process = self._crew.mate(rank).process if self._crew.alive(rank) else None
     return process.pid if process is not None else None
 
-  def _elsewhere(self, rank: int, number: signal.Signals) -> None:
-    self._crew.strike(rank, number)
-
   def _store_pid(self) -> int | None:
     return self._store.process.pid if self._store is not None else None
 
@@ -240,29 +229,6 @@ class _Start:
       self._store.close()
     self._crew.close()
     self._crew.watch.close()
-
-
-def redundancy_bytes(plans: Plans, backend: ProcessBackend) -> int:
-  """Memory beyond the same instance's without recovery, of all processes.
-
-  As `assemble.redundancy_bytes`; the host's copy of the experts is counted
-  for each process, which stands for a host.
-  """
-  view, shape = plans.view, plans.shape
-  ups = [backend.crew.mate(r).up for r in backend.crew.ranks()]
-  present = [up for up in ups if up is not None]
-  spares = int((view.status == Status.SPARE).sum())
-  row = view.token_kv_bytes * shape.options.cache_len
-  n = len(present)
-  slots = n * view.slots_per_rank - view.n_experts
-  base_rows = plans.base_rows * len(view.launched)
-  total = slots * view.expert_bytes
-  total += (n * view.rows_per_rank - base_rows) * row
-  total += spares * (present[0].dense_bytes if present else 0)
-  total += sum(up.host_bytes for up in present)
-  if plans.standing.checkpoint != "none":
-    total += n * view.rows_per_rank * row
-  return max(total, 0)
 
 
 def _free_port(host: str) -> int:

@@ -23,8 +23,6 @@ class Watch:
     self.slow = Stragglers(limits)
     self._prober = Prober(limits.probe_interval_s, folder)
     self._watched: set[int] = set()
-    self.suspicions = 0  # times that a rank began to miss its probes
-    self._suspected: set[int] = set()
 
   def add(self, rank: int, up: Up) -> None:
     """Begins to probe a worker that is up."""
@@ -34,7 +32,6 @@ class Watch:
   def remove(self, rank: int) -> None:
     if rank in self._watched:
       self._watched.discard(rank)
-      self._suspected.discard(rank)
       self._prober.remove(rank)
       self.slow.forget(rank)
 
@@ -42,10 +39,8 @@ class Watch:
     """Ranks that hold up a call which has run for so long."""
     ranks = [r for r in ranks if r in self._watched]
     missed = {r: self._prober.missed(r) for r in ranks}
-    now = set(suspected(missed, self.limits))
-    self.suspicions += len(now - self._suspected)
-    self._suspected = (self._suspected - set(ranks)) | now
-    silence = {r: self._prober.silence_s(r) for r in now}
+    late = suspected(missed, self.limits)
+    silence = {r: self._prober.silence_s(r) for r in late}
     return stuck(silence, running_s, self.clock, self.limits)
 
   def stepped(self, seconds: float, local_s: Mapping[int, float]) -> None:

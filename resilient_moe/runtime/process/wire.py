@@ -13,17 +13,19 @@ import socket
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+# `as`: whoever reads this module's words finds these here, too.
+from resilient_moe.runtime.process.link import AUTHKEY as AUTHKEY
+from resilient_moe.runtime.process.link import Address as Address
+
 if TYPE_CHECKING:  # a worker must not wait for JAX before it says hello
   from resilient_moe.mesh.programs import InstanceShape
 
-AUTHKEY = "RMOE_AUTHKEY"  # environment variable, in hex
 ANY = -1  # incarnation of a worker that leaves it to the supervisor
 Member = tuple[int, int]  # (rank, incarnation): one process
-Address = tuple[str, int]
 
 
 class Call(NamedTuple):
-  """The supervisor asks; `op` is a method of `worker.Worker`."""
+  """The supervisor asks; `op` is a method of `shard.Shard`."""
 
   number: int
   epoch: int
@@ -76,8 +78,7 @@ class Hello(NamedTuple):
 class Setup:
   """What a worker must know to hold its shard."""
 
-  number: int  # of the process in the job
-  numbers: dict[int, int]  # rank -> number of its process
+  numbers: dict[int, int]  # rank -> number of its process in the job
   incarnations: dict[int, int]
   coordinator: str
   n_devices: int  # virtual devices a process: its possible incarnations

@@ -23,7 +23,7 @@ from resilient_moe.runtime.process.backend import ProcessBackend
 from resilient_moe.runtime.process.data import DataClient
 from resilient_moe.runtime.weights import WeightTiers
 from tests.runtime.drive import Driver
-from tests.runtime.harness import Lab, make_requests
+from tests.runtime.harness import Lab, Plan, expected, make_requests, on
 from tests.runtime.process.harness import (
   LIMIT_S,
   Marked,
@@ -32,7 +32,7 @@ from tests.runtime.process.harness import (
   process_case,
   seed_store,
 )
-from tests.runtime.test_conformance import Plan, expected, on
+from tests.runtime.test_conformance import NOT_HERE
 from tests.runtime.watch import Watch
 
 pytestmark = pytest.mark.slow
@@ -41,9 +41,12 @@ pytestmark = pytest.mark.slow
 class Engine(Plan):
   """A backend in the test's own process, driven action by action."""
 
-  def __init__(self, backend: ProcessBackend, history: History) -> None:
+  def __init__(
+    self, backend: ProcessBackend, history: History, weights: WeightTiers
+  ) -> None:
     super().__init__(Driver(backend))
     self.backend, self.history = backend, history
+    self._weights = weights
 
   def settle(self) -> None:
     """Until the checkpoints don't change behind what a test compares."""
@@ -53,12 +56,27 @@ class Engine(Plan):
       time.sleep(0.05)
       before = now
 
-  def until_ready(self, action: rm.Action) -> None:
-    """Polls until an action of a repair can be done; takes a few steps."""
+  def copy(self, tier: rm.Tier, expert: int, rank: int) -> None:
+    """And what the slot holds then."""
+    slot = int((self.view.slots[rank] < 0).argmax())
+    super().copy(tier, expert, rank)
+    held = self.read_slot(rank, slot)
+    wanted = jax.tree.leaves(self._weights.expert(expert))
+    for a, b in zip(held, wanted, strict=True):
+      np.testing.assert_array_equal(a, b, f"{tier}")
+
+  def bring_back(self, rank: int) -> None:
+    """With steps and polls in between: a process takes a while to start."""
+    self.do(rm.LaunchRank(rank))
+    action = rm.Rejoin(rank)
+    assert not self.backend.ready_for(action), "nobody waits for a start"
     self.driver.step(3)
     while not self.backend.ready_for(action):
       assert self.backend.poll(repairing=True) == ()
       time.sleep(0.005)
+    assert frozenset() in self.backend.view().ready, "made so behind traffic"
+    self.settle()
+    self.do(action)
 
   def lost(self) -> list[tuple[int, ...]]:
     """What the next poll that reports something reports."""
@@ -91,7 +109,7 @@ def engine(
   with at_most(LIMIT_S, marked):
     backend = supervise.assemble(case, plans, assemble.Fresh(), folder, history)
     try:
-      yield Engine(backend, history)
+      yield Engine(backend, history, WeightTiers(lab.checkpoint))
     finally:
       backend.close()
 
@@ -101,58 +119,11 @@ def test_every_action_is_as_it_is_defined(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
   watch = Watch(monkeypatch)
-  weights = WeightTiers(lab.checkpoint)
   with engine(lab, tmp_path, marked, "host") as plan:
-    driver, backend = plan.driver, plan.backend
-    driver.accept(make_requests(n=8))
-    driver.step(10)
-    plan.settle()
-    for tier, expert, rank in (
-      (rm.Tier.PEER, 0, 2), (rm.Tier.HOST, 1, 3), (rm.Tier.DISK, 2, 0),
-    ):  # fmt: skip
-      slot = int((plan.view.slots[rank] < 0).argmax())
-      plan.copy(tier, expert, rank)
-      held = plan.read_slot(rank, slot)
-      for a, b in zip(held, jax.tree.leaves(weights.expert(expert)),
-                      strict=True):  # fmt: skip
-        np.testing.assert_array_equal(a, b, f"{tier}")
-    plan.do(rm.MaskExperts((5, 6)))
-    plan.serve_all()
-    driver.step(2)
-    plan.settle()
-    plan.do(rm.SwitchRole(3, rm.Role.EXPERT))
-    plan.do(rm.SwitchRole(3, rm.Role.COLLOCATED), rm.RebuildMesh((0, 1, 2)))
-    assert plan.do(rm.FetchExecutable(frozenset({3}))) == ["stored"]
-    assert plan.do(rm.FetchExecutable(frozenset({3}))) == ["warm"]
-    away = on(driver.state, 3)
-    assert len(away) == 2
-    plan.do(rm.RestoreKV(tuple(away[:1]), (0,), rm.Tier.PEER))
-    assert driver.state.sequences[away[0]].computed > 10
-    plan.do(rm.RecomputePrefix(tuple(away[1:]), (1,)))
-    moves = rm.assign(plan.view, rm.lost_experts(plan.view))
-    assert not isinstance(moves, str)
-    plan.do(*rm.copies_from(plan.view, moves))
-    plan.serve_all()
-    plan.do(rm.Fence((3,)))
-    driver.step(2)
-    plan.settle()
-    plan.do(rm.LaunchRank(3))
-    assert not backend.ready_for(rm.Rejoin(3)), "nobody waits for a start"
-    plan.until_ready(rm.Rejoin(3))
-    assert frozenset() in backend.view().ready, "made so behind traffic"
-    plan.settle()
-    plan.do(rm.Rejoin(3), rm.Verify())
-    queued, ended = on(driver.state, 0)[0], on(driver.state, 2)[0]
-    plan.settle()
-    plan.do(rm.RestoreKV((on(driver.state, 1)[0],), (3,), rm.Tier.HOST))
-    plan.do(rm.Requeue((queued,)), rm.FailRequests((ended,)))
+    ended = plan.every_action()
     assert watch.wrong == []
-    done = {a.__name__ for a in rm.ACTIONS} - {"RestartInstance"}
-    assert set(watch.seen) == done
-    while driver.step():
-      backend.poll()
-  for name, tokens in driver.tokens.items():
-    assert name == ended or tokens == expected(lab, name), name
+    assert set(watch.seen) == {a.__name__ for a in rm.ACTIONS} - NOT_HERE
+    plan.finish(lab, ended)
   (sums,) = of_kind(plan.history, "checkpoint")
   assert sums["bytes_total"] > 0
   assert marked.left() == []
@@ -163,10 +134,7 @@ def close_up(plan: Engine, rank: int) -> None:
   mesh = tuple(int(r) for r in plan.view.mesh if r != rank)
   names = tuple(on(plan.driver.state, rank))
   plan.do(rm.Fence((rank,)), rm.RebuildMesh(mesh))
-  moves = rm.assign(plan.view, rm.lost_experts(plan.view))
-  assert not isinstance(moves, str)
-  plan.do(*rm.copies_from(plan.view, moves))
-  plan.serve_all()
+  plan.cover()
   plan.do(rm.FetchExecutable(rm.absent(plan.view.launched, mesh)))
   plan.do(rm.Requeue(names))
 

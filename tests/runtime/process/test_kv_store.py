@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from resilient_moe.runtime.process.stream import KVStream
 KEY = b"key of a test"
 SHAPE = (2, 2, 32, 8)
 WAIT_S = 30.0
-MODULES = ("mirror", "data", "stream", "kv_store")
+MODULES = ("mirror", "data", "stream", "kv_store", "layer_log", "stores")
 
 # Starts a store, says its process and waits to be killed.
 PARENT = """
@@ -82,6 +83,29 @@ def test_another_key_gets_nothing(store):
   client = DataClient(store.address, b"another key")
   with pytest.raises(ConnectionError, match="reject"):
     client.records()
+
+
+def test_a_slow_one_takes_each_message_late():
+  store = kv_store.start(SHAPE, "float32", KEY, delay_s=0.1)
+  stream = KVStream(0, KEY, pytest.fail)
+  stream.target(store.address)
+  began = time.monotonic()
+  for start in range(3):
+    stream.put([("a", 0, start, 1)], np.ones((2, 1, 1, 2, 8), np.float32))
+  assert stream.drain(WAIT_S)
+  assert time.monotonic() - began > 3 * 0.1
+  client = DataClient(store.address, KEY)
+  assert client.records() == {"a": 3}
+  client.close()
+  stream.close()
+  store.close()
+
+
+def test_it_is_alive_until_it_is_not(store):
+  assert store.alive
+  os.kill(store.process.pid, signal.SIGKILL)
+  os.waitid(os.P_PID, store.process.pid, os.WEXITED | os.WNOWAIT)
+  assert not store.alive
 
 
 def test_it_exits_when_its_parent_lets_go(store):

@@ -5,7 +5,12 @@ import threading
 import numpy as np
 import pytest
 
-from resilient_moe.runtime.process.mirror import KVMirror, named_dtype
+from resilient_moe.runtime.process.mirror import (
+  STAGED_STEPS,
+  Intake,
+  KVMirror,
+  named_dtype,
+)
 
 L, K2, T, D = 2, 4, 16, 3  # layers, KV heads twice, positions, head size
 
@@ -203,6 +208,8 @@ def test_readers_never_see_half_a_segment():
   for writer in writers:
     writer.start()
   try:
+    while mirror.get("a") is None:  # no writer has run yet
+      pass
     seen = [mirror.get("a") for _ in range(300)]
   finally:
     stop.set()
@@ -213,3 +220,153 @@ def test_readers_never_see_half_a_segment():
   for kv in whole:
     assert kv.min() == kv.max()
     assert kv.shape[2] == 1 + int(kv.max()) % 64
+
+
+@pytest.fixture
+def intake(mirror) -> Intake:
+  return Intake(mirror)
+
+
+def log(intake: Intake, step: int, data: np.ndarray, *layers: int) -> None:
+  """Layers of a step, all of them if none is named, the last one first."""
+  for layer in layers or reversed(range(L)):
+    intake.log(step, layer, None, data[layer])
+
+
+def test_logged_layers_count_once_they_are_committed(mirror, intake, rng):
+  data = lanes(rng, 5)
+  log(intake, 0, data)
+  assert mirror.records() == {}
+  assert mirror.get("a") is None
+  intake.commit(0, [("a", 2, 0, 3), ("b", 0, 0, 1)])
+  assert mirror.records() == {"a": 3, "b": 1}
+  np.testing.assert_array_equal(held(mirror, "a"), data[:, 2:].swapaxes(1, 2))
+  np.testing.assert_array_equal(held(mirror, "b")[:, :, 0], data[:, 0])
+  more = lanes(rng, 1)
+  log(intake, 1, more)
+  np.testing.assert_array_equal(held(mirror, "a"), data[:, 2:].swapaxes(1, 2))
+  intake.commit(1, [("a", 0, 3, 1)])
+  np.testing.assert_array_equal(held(mirror, "a")[:, :, 3], more[:, 0])
+  assert intake.take_refused() == []
+
+
+def test_some_lanes_of_a_step_can_be_logged(mirror, intake, rng):
+  data = lanes(rng, 9)
+  some = [1, 4, 5, 6]
+  for layer in range(L):
+    intake.log(0, layer, some, data[layer, some])
+  intake.commit(0, [("a", 4, 0, 3), ("b", 1, 0, 1)])
+  np.testing.assert_array_equal(held(mirror, "a"), data[:, 4:7].swapaxes(1, 2))
+  np.testing.assert_array_equal(held(mirror, "b")[:, :, 0], data[:, 1])
+
+
+@pytest.mark.parametrize("run", [(5, 3), (0, 1), (1, 2)])
+def test_a_segment_of_lanes_that_were_not_logged_is_an_error(
+  mirror, intake, rng, run
+):
+  data = lanes(rng, 4)
+  for layer in range(L):
+    intake.log(0, layer, [1, 4, 5, 6], data[layer])
+  with pytest.raises(ValueError, match="not all logged"):
+    intake.commit(0, [("b", 4, 0, 3), ("a", run[0], 0, run[1])])
+  assert mirror.records() == {}
+
+
+def test_a_torn_step_is_refused_by_name_and_changes_nothing(
+  mirror, intake, rng
+):
+  data = lanes(rng, 3)
+  log(intake, 0, data)
+  intake.commit(0, [("a", 0, 0, 3)])
+  torn = lanes(rng, 2)
+  log(intake, 1, torn, 0)
+  intake.commit(1, [("a", 0, 3, 1), ("b", 1, 0, 1)])
+  assert intake.take_refused() == ["a", "b"]
+  intake.commit(2, [("c", 0, 0, 1)])  # nothing of it has come
+  assert intake.take_refused() == ["c"]
+  assert mirror.records() == {"a": 3}
+  np.testing.assert_array_equal(held(mirror, "a"), data.swapaxes(1, 2))
+
+
+def test_a_step_that_runs_again_has_another_id(mirror, intake, rng):
+  aborted, again = lanes(rng, 2), lanes(rng, 2)
+  log(intake, 0, aborted)
+  log(intake, 1, aborted, 0)
+  log(intake, 2, again)
+  intake.commit(2, [("a", 0, 0, 2)])
+  np.testing.assert_array_equal(held(mirror, "a"), again.swapaxes(1, 2))
+  log(intake, 0, aborted)  # too late for these
+  log(intake, 1, aborted)
+  intake.commit(0, [("b", 0, 0, 2)])
+  intake.commit(1, [("c", 0, 0, 2)])
+  assert intake.take_refused() == ["b", "c"]
+  assert mirror.records() == {"a": 2}
+
+
+def test_a_commit_record_counts_once(mirror, intake, rng):
+  data = lanes(rng, 2)
+  log(intake, 7, data)
+  intake.commit(7, [("a", 0, 0, 2)])
+  log(intake, 7, lanes(rng, 2))
+  intake.commit(7, [("a", 0, 0, 2)])
+  assert intake.take_refused() == []
+  np.testing.assert_array_equal(held(mirror, "a"), data.swapaxes(1, 2))
+
+
+def test_steps_may_overlap(mirror, intake, rng):
+  first, second = lanes(rng, 1), lanes(rng, 2)
+  for layer in range(L):
+    log(intake, 0, first, layer)
+    log(intake, 1, second, layer)
+  intake.commit(0, [("a", 0, 0, 1)])
+  intake.commit(1, [("b", 0, 0, 2)])
+  np.testing.assert_array_equal(held(mirror, "a"), first.swapaxes(1, 2))
+  np.testing.assert_array_equal(held(mirror, "b"), second.swapaxes(1, 2))
+
+
+def test_what_is_staged_is_bounded(mirror, intake, rng):
+  data = lanes(rng, 1)
+  for step in range(3 * STAGED_STEPS):
+    log(intake, step, data, 0)
+  assert len(intake._staged) == STAGED_STEPS
+  log(intake, 3 * STAGED_STEPS - 1, data)
+  intake.commit(3 * STAGED_STEPS - 1, [("a", 0, 0, 1)])
+  assert intake._staged == {}
+  assert mirror.records() == {"a": 1}
+
+
+def test_a_logged_gap_is_refused_until_it_is_filled(mirror, intake, rng):
+  for step, name in enumerate("abc"):
+    log(intake, step, lanes(rng, 1))
+    intake.commit(step, [(name, 0, 4, 1)])
+  intake.rebase("a", np.zeros((L, K2, 5, D), np.float32))
+  intake.forget(["b"])
+  log(intake, 3, lanes(rng, 1))
+  intake.commit(3, [("c", 0, 0, 1)])
+  assert intake.take_refused() == []
+  assert mirror.records() == {"a": 5, "c": 1}
+
+
+@pytest.mark.parametrize(
+  ("layer", "some", "shape", "dtype"),
+  [
+    (L, None, (2, K2, D), "float32"),
+    (-1, None, (2, K2, D), "float32"),
+    (1, None, (2, K2, D + 1), "float32"),
+    (1, None, (3, K2, D), "float32"),  # not as the layer before
+    (1, [0, 1], (2, K2, D), "float32"),  # neither
+    (1, None, (2, D), "float32"),
+    (1, None, (), "float32"),
+    (1, None, (2, K2, D), "float64"),
+  ],
+)
+def test_a_layer_that_does_not_fit_is_an_error(
+  mirror, intake, rng, layer, some, shape, dtype
+):
+  data = lanes(rng, 2)
+  log(intake, 0, data, 0)
+  with pytest.raises(ValueError, match="of step 0 is|data is"):
+    intake.log(0, layer, some, np.zeros(shape, dtype))
+  log(intake, 0, data, 1)
+  intake.commit(0, [("a", 0, 0, 2)])
+  np.testing.assert_array_equal(held(mirror, "a"), data.swapaxes(1, 2))

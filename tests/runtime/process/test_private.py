@@ -10,22 +10,21 @@ from collections.abc import Callable, Iterator
 
 import jax
 import pytest
-from jax._src import distributed
+from jax._src import clusters, distributed
 from jax._src.lib import _jax
 
 from resilient_moe.runtime.process.private import Connections
 
-# Name: whether it is there. The client's methods are looked up on its class.
-NAMES: dict[str, Callable[[], object]] = {
-  "_jax.get_distributed_runtime_service": lambda: (
-    _jax.get_distributed_runtime_service
-  ),
-  "_jax.make_gloo_tcp_collectives": lambda: _jax.make_gloo_tcp_collectives,
-  "_jax.DistributedRuntimeClient.key_value_delete": lambda: (
-    _jax.DistributedRuntimeClient.key_value_delete
-  ),
-  "distributed.global_state.client": lambda: (distributed.global_state.client,),
-}
+MODULES = {"_jax": _jax, "clusters": clusters, "distributed": distributed}
+NAMES = (
+  "_jax.get_distributed_runtime_service",
+  "_jax.make_gloo_tcp_collectives",
+  "_jax.DistributedRuntimeClient.key_value_delete",
+  "clusters.ClusterEnv._cluster_types",
+  "clusters.ClusterEnv.is_env_present",
+  "clusters.ClusterEnv.get_process_id",
+  "distributed.global_state.client",
+)
 SETTINGS = (
   "jax_num_cpu_devices",
   "jax_enable_recoverability",
@@ -47,16 +46,16 @@ def abort(connections: Connections, gone: object) -> None:
   connections.abort()
 
 
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_private_name_is_where_it_was(name: str) -> None:
-  try:
-    NAMES[name]()
-  except AttributeError as error:
-    pytest.fail(
+  module, *parts = name.split(".")
+  place: object = MODULES[module]
+  for part in parts:
+    assert hasattr(place, part), (
       f"JAX {jax.__version__} has no {name}, which runtime/process/private.py "
-      f"needs: {error}"
+      "needs"
     )
+    place = getattr(place, part)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

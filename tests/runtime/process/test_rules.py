@@ -35,7 +35,12 @@ def test_a_limit_out_of_range_is_named_with_its_value(field, value):
 
 
 def test_the_limits_themselves_are_in_range():
-  rules.Limits(stuck_s=0.03, overdue_factor=1.0, overdue_min_s=0.0, grace_s=0.0)
+  edge = {
+    "stuck_s": LIMITS.misses * LIMITS.probe_interval_s,
+    "overdue_factor": 1.0, "overdue_min_s": 0.0, "grace_s": 0.0,
+  }  # fmt: skip
+  limits = dataclasses.replace(LIMITS, **edge)
+  assert dataclasses.asdict(limits) == {**dataclasses.asdict(LIMITS), **edge}
 
 
 def test_suspected_are_those_that_missed_enough_in_order():

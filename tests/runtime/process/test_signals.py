@@ -5,6 +5,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -180,10 +181,13 @@ def test_a_straggler_gets_its_share_and_runs_free_after_the_end(
 def test_a_straggler_that_dies_ends_its_slowing(spawn: Spawn) -> None:
   process = spawn()
   struck = Struck(process)
+  others = threading.active_count()
   struck.strike("straggler", 0, slowdown=2.0)
+  assert threading.active_count() == others + 1
   process.kill()
   process.wait()
-  struck.signals.close()  # joins the thread
+  until(lambda: threading.active_count() == others, lambda: None)
+  struck.signals.close()
 
 
 def moments(seed: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:

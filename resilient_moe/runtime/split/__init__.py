@@ -1,0 +1,1 @@
+"""Attention ranks and expert ranks: what each holds and computes."""

@@ -1,0 +1,192 @@
+"""The emulated runtime with attention and experts on different ranks."""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from resilient_moe.datapath.exchange import ExchangeCancelled
+from resilient_moe.datapath.routes import ExpertsUnreachable
+from resilient_moe.faults import LINK_KINDS, Fault
+from resilient_moe.mesh.executables import Source
+from resilient_moe.recovery import LinkLost, RanksLeaving, Role, Straggler
+from resilient_moe.recovery.checks import request_ranks
+from resilient_moe.runtime.device_store import LostRankError
+from resilient_moe.runtime.emulated import EmulatedBackend
+from resilient_moe.runtime.execute import Mesh
+from resilient_moe.runtime.instance import packed
+from resilient_moe.runtime.split.store import SplitStore
+from resilient_moe.runtime.split.strikes import Strikes
+from resilient_moe.runtime.split.tables import routes_of
+from resilient_moe.runtime.weights import tree_bytes
+from resilient_moe.serving.backend import StepAborted
+from resilient_moe.serving.scheduler import StepBatch
+
+
+class SplitEmulated(EmulatedBackend):
+  """Every attention rank steps by itself (`serving.backend.Backend`)."""
+
+  store: SplitStore
+
+  def __init__(self, *args: Any, seed: int = 0, **kwargs: Any) -> None:
+    self._version = 0  # of the routes that were pushed last
+    self._processes: dict[int, int] = {}  # rank -> how often it was replaced
+    self._mended: list[tuple[float, tuple[int, int]]] = []  # links, when
+    super().__init__(*args, **kwargs)
+    self._strikes = Strikes(
+      seed, self.shape.config.moe_layers, self._attends, self._happen
+    )
+    self.store.on_event = self._on_event
+    self._push()
+
+  def domains(self) -> tuple[Mesh, ...]:
+    return tuple((int(r),) for r in request_ranks(self.facts.view))
+
+  # -- steps
+
+  def step(self, batch: StepBatch) -> np.ndarray:
+    (rank,) = batch.mesh
+    self.seats.note(batch, committed=False)
+    settled = self.readiness.done and not self.repairing
+    for fault in self.due_in_step(batch, settled):
+      self._begin_fault(fault)
+    self._mend_links()
+    try:
+      step = self.store.step(
+        rank, batch.width, packed(batch),
+        lambda place, at, layer: self._reached(rank, place, at, layer),
+      )  # fmt: skip
+    except (LostRankError, ExpertsUnreachable, ExchangeCancelled) as error:
+      raise StepAborted from error
+    finally:
+      self._strikes.between()
+    if not self.store.attends(rank):
+      raise StepAborted
+    # Only now: a commit on top of a step that fails would lose the cache.
+    self.store.commit(rank, step)
+    self.seats.note(batch, committed=True)
+    if self.checkpointer is not None:
+      rows = self.shape.options.rows
+      self.checkpointer.stream(batch, step.delta, rows)
+    return step.tokens
+
+  def probe(self, ints: np.ndarray) -> np.ndarray:
+    """A wide step of each attention rank without a commit."""
+    width = self.shape.options.chunk
+    steps = [
+      self.store.step(rank, width, ints[i : i + 1], _nothing)
+      for i, (rank,) in enumerate(self.domains())
+    ]
+    return np.concatenate([step.tokens for step in steps])
+
+  # -- what the actions use (`execute.Hands`)
+
+  def load(self, mesh: Mesh, run: bool) -> Source:
+    del mesh, run
+    return Source.WARM  # programs belong to ranks
+
+  def run_once(self, mesh: Mesh, width: int) -> None:
+    raise AssertionError(f"no program of width {width} belongs to mesh {mesh}")
+
+  def launch(self, rank: int) -> int:
+    view = self.facts.view
+    slots = [None] * view.slots_per_rank
+    dense = self.weights.dense
+    self.store.add(rank, dense, slots, Role(view.home[rank]))
+    self._processes[rank] = self._processes.get(rank, 0) + 1
+    return tree_bytes(dense)
+
+  def switch(self, rank: int, role: Role) -> None:
+    """The rank gets what its new role needs; KV stays until it has moved."""
+    if role == Role.ATTENTION:
+      self.store.leave(rank, Role.EXPERT)
+    slots = [None] * self.facts.view.slots_per_rank
+    self.store.add(rank, self.weights.dense, slots, role)
+
+  def changed(self) -> None:
+    """Who gave up attention and has nobody left gives up its KV; tables."""
+    view = self.facts.view
+    for rank in np.flatnonzero(view.alive() & (view.role == Role.EXPERT)):
+      if self.store.attends(int(rank)) and not self.seats.on([int(rank)]):
+        self.store.leave(int(rank), Role.ATTENTION)
+    self._push()
+
+  def _push(self) -> None:
+    self._version += 1
+    view = self.facts.view
+    self.store.push(routes_of(view, self._version, self._processes))
+    if self.checkpointer is not None:
+      self.checkpointer.ring = tuple(r for (r,) in self.domains())
+
+  # -- faults
+
+  def _attends(self, rank: int) -> bool:
+    return self.store.attends(rank)
+
+  def _begin_fault(self, fault: Fault) -> None:
+    if fault.kind == "rank_lost":
+      self._strikes.arm(fault)
+    else:
+      self._happen(fault)
+
+  def _happen(self, fault: Fault) -> None:
+    """Ground truth, at its moment."""
+    self.record_fault(fault, self._affected(fault))
+    if fault.kind == "rank_lost":
+      self._lose(fault.ranks)
+    elif fault.kind in LINK_KINDS:
+      self._break_link(fault)
+    elif fault.kind == "rank_leaving":
+      deadline_s = float(fault.deadline_s or 0.0)
+      self.pending.append(RanksLeaving(fault.ranks, deadline_s))
+    else:
+      slowdown = float(fault.slowdown or 1.0)
+      self.pending.extend(Straggler(r, slowdown) for r in fault.ranks)
+
+  def _affected(self, fault: Fault) -> list[str]:
+    """An expert rank serves everybody; an attention rank its own."""
+    hit = [r for r in fault.ranks if self._attends(r)]
+    if fault.kind not in LINK_KINDS and len(hit) < len(fault.ranks):
+      hit = [r for (r,) in self.domains()]
+    return self.seats.on(hit)
+
+  def _break_link(self, fault: Fault) -> None:
+    link = (fault.ranks[0], fault.ranks[1])
+    if fault.kind == "link_cut":
+      self.store.links.cut.add(link)
+    else:
+      self.store.links.delay_s[link] = float(fault.delay_s or 0.0)
+    if fault.resume_s is not None:
+      self._mended.append((time.monotonic() + fault.resume_s, link))
+
+  def _mend_links(self) -> None:
+    now = time.monotonic()
+    for at, link in list(self._mended):
+      if at <= now:
+        self._mended.remove((at, link))
+        self.store.links.cut.discard(link)
+        self.store.links.delay_s.pop(link, None)
+        self.store.routes_of(link[0]).up(link[1])
+
+  def _reached(self, rank: int, place: str, at: int, layer: int) -> None:
+    self._strikes.reached(rank, place, at, layer)
+    if not self.store.attends(rank):
+      raise StepAborted
+
+  def _on_event(self, name: str, by: int, **facts: Any) -> None:
+    """What an attention rank has found out by itself."""
+    if name == "healed":
+      self.record("healed", by=by, rank=facts["rank"], **_cost(facts))
+    elif name == "link_bad":
+      failure = LinkLost(by, facts["rank"])
+      if failure not in self.pending:
+        self.pending.append(failure)
+
+
+def _cost(facts: dict[str, Any]) -> dict[str, Any]:
+  return {key: facts[key] for key in ("layer", "experts", "seconds")}
+
+
+def _nothing(place: str, rank: int, layer: int) -> None:
+  del place, rank, layer
+

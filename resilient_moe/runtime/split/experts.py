@@ -1,0 +1,95 @@
+"""What an expert rank (EW) holds, and what it computes for a parcel."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from resilient_moe.mesh.programs import InstanceShape
+from resilient_moe.mesh.split_programs import buckets
+from resilient_moe.runtime import rank_arrays
+
+Tree = dict[str, Any]
+
+
+class ExpertRank:
+  """Slots of experts on one device; knows nothing of requests."""
+
+  def __init__(
+    self, shape: InstanceShape, device: jax.Device,
+    programs: Mapping[str, Any], slots: Sequence[Tree | None],
+  ) -> None:  # fmt: skip
+    self.shape = shape
+    self.device = device
+    self._programs = programs
+    self._sizes = buckets(shape)
+    self._experts = rank_arrays.put_experts(shape, slots, device)
+
+  def compute(
+    self, layer: int, rows: np.ndarray, token: np.ndarray, slot: np.ndarray
+  ) -> np.ndarray:
+    """Each assignment's expert output, [m, D], unsummed.
+
+    Args:
+      layer: the MoE layer.
+      rows: [n, D] embeddings.
+      token: [m] int32, the row of each assignment.
+      slot: [m] int32, its slot.
+    """
+    most = self._sizes[-1]
+    parts = [
+      self._part(layer, rows, token[i : i + most], slot[i : i + most])
+      for i in range(0, len(token), most)
+    ]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+  def _part(
+    self, layer: int, rows: np.ndarray, token: np.ndarray, slot: np.ndarray
+  ) -> np.ndarray:
+    """At most as many assignments as the largest program takes."""
+    m = len(token)
+    if len(rows) > m:  # rows of other parts
+      used, token = np.unique(token, return_inverse=True)
+      rows = rows[used]
+    size = next(s for s in self._sizes if s >= m)
+    padded = np.zeros((size, rows.shape[1]), rows.dtype)
+    padded[: len(rows)] = rows
+    tokens = np.zeros(size, np.int32)
+    tokens[:m] = token
+    slots = np.full(size, self.shape.slots, np.int32)  # no expert
+    slots[:m] = slot
+    arrays = jax.device_put(
+      (np.int32(layer), padded, tokens, slots), self.device
+    )
+    y = self._programs[f"experts{size}"](self._experts, *arrays)
+    return np.asarray(y)[:m]
+
+  def write_slot(self, slot: int, weights: Tree) -> None:
+    """One expert's weights ([L, ...] leaves) into a slot."""
+    self._experts = rank_arrays.write_slot(
+      self._experts, self._programs["write_slot"], slot, weights, self.device
+    )
+
+  def read_slot(self, slot: int) -> Tree:
+    """An expert's weights, [L, ...] leaves."""
+    return rank_arrays.read_slot(self._experts, slot)
+
+  def warm(self) -> None:
+    """Runs every program once."""
+    for size in self._sizes:
+      rows = np.zeros(
+        (size, self.shape.config.d_model), self.shape.config.dtype
+      )
+      index = np.zeros(size, np.int32)
+      self.compute(0, rows, index, index)
+    self.write_slot(0, self.read_slot(0))
+    self.wait()
+
+  def wait(self) -> None:
+    jax.block_until_ready(self._experts)
+
+  def delete(self) -> None:
+    """The rank is lost: any later use of its arrays is an error."""
+    for array in jax.tree.leaves(self._experts):
+      array.delete()

@@ -1,0 +1,86 @@
+"""Builds an emulated engine whose attention and experts are apart."""
+
+import concurrent.futures
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from resilient_moe.mesh.executables import Executables
+from resilient_moe.mesh.split_programs import (
+  lower_attention_programs,
+  lower_expert_programs,
+)
+from resilient_moe.recovery import Role
+from resilient_moe.report import Recorder
+from resilient_moe.runtime.assemble import (
+  Fresh,
+  Plans,
+  make_checkpointer,
+  make_injector,
+  stages_of,
+  store_folder,
+)
+from resilient_moe.runtime.case import Case
+from resilient_moe.runtime.execute import canary
+from resilient_moe.runtime.readiness import Readiness
+from resilient_moe.runtime.split.emulated import SplitEmulated
+from resilient_moe.runtime.split.options import ExchangeOptions
+from resilient_moe.runtime.split.store import SplitStore
+from resilient_moe.runtime.weights import WeightTiers
+
+FAMILIES = (lower_attention_programs, lower_expert_programs)
+
+
+def assemble(
+  case: Case,
+  plans: Plans,
+  fresh: Fresh,
+  devices: Sequence[jax.Device],
+  scratch: pathlib.Path,
+  recorder: Recorder,
+) -> SplitEmulated:
+  """An engine ready to serve; each stage is recorded with its seconds."""
+  stage = stages_of(recorder, fresh.generation)
+  weights = WeightTiers(pathlib.Path(case.checkpoint))
+  stage.done("weights")
+  folder = store_folder(case, plans, fresh, scratch)
+  executables = Executables(plans.shape, folder)
+  compile_families(executables, devices[0])
+  stage.done("executables")
+  options = ExchangeOptions(**case.exchange)
+  store = SplitStore(
+    plans.shape, devices, executables, options.healing(), options.dedup
+  )
+  view = plans.view
+  for rank in np.flatnonzero(view.alive()).tolist():
+    held = view.slots[rank].tolist()
+    trees = [weights.expert(e) if e >= 0 else None for e in held]
+    store.add(rank, weights.dense, trees, Role(view.role[rank]))
+  store.wait()
+  stage.done("placing")
+  if not plans.standing.host_weights:
+    weights.drop_host_copy()
+  backend = SplitEmulated(
+    view, plans.standing, store, weights, make_checkpointer(plans, recorder),
+    Readiness(executables, folder, len(devices), recorder.write),
+    make_injector(case, plans, fresh), recorder.write, recorder.now_s,
+    seed=case.seed,
+  )  # fmt: skip
+  store.warm()
+  backend.canary_token = canary(backend)
+  stage.done("first_step")
+  return backend
+
+
+def compile_families(executables: Executables, device: jax.Device) -> None:
+  """Every program of both kinds of ranks is in the store, once for all."""
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    jobs = [
+      pool.submit(executables.compile_family, family, name, device)
+      for family in FAMILIES
+      for name in family(executables.shape, device)
+    ]
+    for job in jobs:
+      job.result()
