@@ -197,7 +197,7 @@ def _parse(argv: Sequence[str]) -> tuple[pathlib.Path, float]:
     raise ValueError(str(error)) from error
   if rest or not values.run:
     raise ValueError("needed is --run=DIR/SCENARIO/POLICY/seedN, nothing else")
-  if False:
+  if not 0 < values.around_s < math.inf:
     raise ValueError(f"--around_s={values.around_s} is no length of time")
   folder = pathlib.Path(values.run).absolute()
   if not (folder / "history.jsonl").is_file():

@@ -233,8 +233,8 @@ def trace(events: list[Event], spans: list[Span]) -> dict[str, Any]:
   processes.append(_Process(len(processes) + 1, "requests"))
   _requests(events, processes[-1])
   found = [event for process in processes for event in process.events]
-  # Names first; where two begin at once, the longer one holds the other.
-  found.sort(key=lambda e: (e.get("ts", -math.inf), -e.get("dur", 0.0)))
+  # Names first. A stable sort: of two that begin at once, the first holds.
+  found.sort(key=lambda event: event.get("ts", -math.inf))
   return {"traceEvents": found, "displayTimeUnit": "ms"}
 
 

@@ -208,6 +208,10 @@ def test_touching_is_no_overlap() -> None:
   trace = report.trace([], spans)
   assert problems(trace) == []
   assert len(_rows(trace, "EW 3")["work"]) == 49
+  b = s.Builder()
+  for b.now_s in (0.2, 0.3):  # 0.3 - 0.1 < 0.2, as floats go
+    b.write("engine", stage="x", seconds=0.1, generation=0)
+  assert len(_rows(report.trace(b.end(), []), "orchestrator")["engine"]) == 2
 
 
 def test_steps_that_seem_to_overlap_follow_one_another() -> None:

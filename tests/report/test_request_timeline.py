@@ -76,11 +76,16 @@ def test_later_gaps_count_if_they_start_within_the_window() -> None:
   for seconds in (U, U, U):
     b.step(1, seconds=seconds)
   b.fault(1)
-  for seconds in (2 * U, U, 5 * U, U):
-    b.step(1, seconds=seconds)
+  b.step(1, seconds=2 * U)
+  b.step(1)
+  b.write("admitted", request_id=1, rank=2, row=0, step=5)
+  b.step(1, seconds=5 * U)
+  b.step(1)
   b.finish(1)
-  assert _steps(_by_id(b.end(), around=4)[1].gap_s) == [6, 11]
+  found = _by_id(b.end(), around=4)[1]
+  assert (_steps(found.gap_s), found.rank_after) == ([6, 11], 2)
   found = _by_id(b.end(), around=2)[1]
+  assert found.rank_after == 0
   assert _steps(found.gap_s) == [3, 5]
   assert _steps([found.last_before_s, found.first_after_s]) == [3, 5]
 

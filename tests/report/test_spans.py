@@ -61,6 +61,7 @@ def test_without_a_folder_nothing_is_recorded(tmp_path, monkeypatch) -> None:
     with spans.span("y"):
       spans.flush()
     assert not spans._waiting
+    assert spans.span("y") is spans.span("z")  # no object for each
   assert list(tmp_path.iterdir()) == []
   assert read_spans(tmp_path / "missing") == []
 
