@@ -235,6 +235,7 @@ def test_a_wrong_key_is_refused_and_the_server_goes_on(client, server, stored):
   with pytest.raises(ConnectionError, match="reject"):
     stranger.pull("stored", "x")
   assert len(client.pull("stored", "x")) == 1
+  until(lambda: server.complaints)  # it learns after it has refused
   assert "wrong key" in server.complaints[0]
 
 

@@ -1,6 +1,7 @@
 """What a mirror of KV may hand back, and what it must refuse."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -208,8 +209,9 @@ def test_readers_never_see_half_a_segment():
   for writer in writers:
     writer.start()
   try:
-    while mirror.get("a") is None:  # no writer has run yet
-      pass
+    deadline = time.monotonic() + 30.0
+    while mirror.get("a") is None and time.monotonic() < deadline:
+      time.sleep(0.001)  # no writer has run yet
     seen = [mirror.get("a") for _ in range(300)]
   finally:
     stop.set()

@@ -1,6 +1,7 @@
 """An AW's links to the EWs: bytes, ends, wakes, replaced links."""
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -214,6 +215,7 @@ def test_an_ew_that_is_not_there_is_named(peers):
   ("data", "complaint"),
   [
     (b"x" * frames._HEADER.size, "no frame begins with b'xxxxxxxx'"),
+    (b"r" + bytes(frames._HEADER.size - 1), "no frame begins with"),
     (
       frames._HEADER.pack(b"rmoe", 1, 1, 0, 0, 0, 1 << 20, 0, 1 << 20),
       r"4398046511104 bytes \(n=1048576, m=0, D=1048576\) is beyond",
@@ -223,6 +225,7 @@ def test_an_ew_that_is_not_there_is_named(peers):
       "can't send a frame of kind 0",
     ),
   ],
+  ids=["text", "magic", "size", "kind"],
 )
 def test_an_ew_that_talks_nonsense_is_gone(peers, raw, data, complaint):
   raw.sendall(data)
@@ -245,7 +248,24 @@ def test_a_frame_in_pieces_is_one_answer(peers, raw):
   ] * 2
 
 
-def test_what_came_with_a_failure_is_kept(peers, raw):
+def test_what_came_beside_a_failure_is_kept(peers, raw):
+  def fail(layer, rows, token, slot):
+    raise LookupError("no such slot")
+
+  desk = Desk(HOST, KEY, fail, GatherLimits())
+  peers.connect(4, desk.address, 1)
+  peers.send(4, 1, ONE)
+  y = np.ones((1, 1), np.float32)
+  raw.sendall(b"".join(Frame(frames.RESULT, 2, 0, False, y).buffers()))
+  for rank in (3, 4):  # both are here before either is read
+    assert select.select([peers._pipes[rank]._end], [], [], WAIT_S)[0]
+  with pytest.raises(frames.ComputeFailed, match="EW 4.*no such slot"):
+    peers.receive(WAIT_S)
+  assert [r.ticket for r in peers.receive(WAIT_S)] == [2]
+  desk.close()
+
+
+def test_answers_around_a_failure_are_kept(peers, raw):
   y = np.ones((1, 1), np.float32)
   text = np.frombuffer(b"no such slot", np.uint8)[:, None]
   for kind, ticket, data in [(1, 1, y), (2, 2, text), (1, 3, y)]:
@@ -284,3 +304,22 @@ def test_a_parcel_that_no_frame_can_carry_is_refused(desk, peers, wrong, named):
 def test_answers_is_what_was_passed(peers):
   assert peers.answers(3)
   assert not peers.answers(4)
+
+
+@pytest.mark.parametrize(
+  "y", [np.zeros((2, 4), np.float32), np.zeros(1), np.zeros((1, 4), np.int64)],
+  ids=["rows", "dimensions", "dtype"],
+)  # fmt: skip
+def test_a_computation_must_return_one_row_an_assignment(peers, y):
+  desk = Desk(HOST, KEY, lambda *_: y, GatherLimits())
+  peers.connect(3, desk.address, 1)
+  peers.send(3, 1, ONE)
+  with pytest.raises(frames.ComputeFailed, match="EW 3, ticket 1: ValueError"):
+    peers.receive(WAIT_S)
+  desk.close()
+
+
+def test_the_end_of_an_ew_is_told(desk, peers):
+  peers.connect(3, desk.address, 1)
+  desk.close()
+  assert peers.receive(WAIT_S) == [Gone(3)]
