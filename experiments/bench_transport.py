@@ -104,12 +104,7 @@ def _serve_sockets(pipe: Connection) -> None:
 def shared(x: np.ndarray, trips: int) -> Iterator[Trip]:
   """One block of memory for each direction."""
   with contextlib.ExitStack() as stack:
-    blocks = []
-    for _ in range(2):
-      block = shared_memory.SharedMemory(create=True, size=x.nbytes)
-      stack.callback(block.unlink)
-      stack.callback(block.close)
-      blocks.append(block)
+    blocks = [stack.enter_context(_block(x.nbytes)) for _ in range(2)]
     listener = stack.enter_context(socket.create_server((HOST, 0)))
     listener.settimeout(WAIT_S)
     names = [block.name for block in blocks]
@@ -125,6 +120,16 @@ def shared(x: np.ndarray, trips: int) -> Iterator[Trip]:
       return _view(blocks[1], x.shape).copy()
 
     yield trip
+
+
+@contextlib.contextmanager
+def _block(nbytes: int) -> Iterator[shared_memory.SharedMemory]:
+  block = shared_memory.SharedMemory(create=True, size=nbytes)
+  try:
+    yield block
+  finally:
+    block.close()
+    block.unlink()
 
 
 def _serve_shared(
@@ -245,15 +250,10 @@ def machine() -> str:
   """What the numbers depend on, the load of others included."""
   about = provenance("experiments.bench_transport", sys.argv, "emulated", 1)
   names = ("python", "jax", "numpy")
-  versions = [f"{name} {about['versions'][name]}" for name in names]
-  return ", ".join(
-    [
-      str(about["processor"]),
-      f"{about['cores']} cores",
-      str(about["platform"]),
-      *versions,
-      f"load {os.getloadavg()[0]:.1f}",
-    ]
+  versions = ", ".join(f"{name} {about['versions'][name]}" for name in names)
+  return (
+    f"{about['processor']}, {about['cores']} cores, {about['platform']}, "
+    f"{versions}, load {os.getloadavg()[0]:.1f}"
   )
 
 

@@ -1,8 +1,10 @@
 """Shadow experts, KV from the checkpoint store, replacements in the background.
 
-Keeps standing: a shadow of `shadows` experts on another expert rank, which
-holds weights and serves nothing; the KV of every request in a store process;
-slots and rows for `losses` ranks; all experts in host memory (`host_weights`).
+Keeps standing: a shadow of `shadows` experts (a number, or memory as "1.5GB"
+or "25%"; the most loaded first by `load`) on another expert rank, of another
+host or rack where there are several, which holds weights and serves nothing;
+the KV of every request in a store process; slots and rows for `losses` ranks;
+all experts in host memory (`host_weights`).
 Promises: an expert rank's loss is healed by attention ranks that send the same
 embeddings to the shadows, before this policy is asked; the plan then makes the
 table official. An attention rank's requests go on elsewhere from the last
@@ -14,11 +16,14 @@ Not kept: RDMA and its one-sided writes (sockets here), and an expert that has
 neither shadow nor replica is copied (nearest tier) instead of waited for.
 """
 
+from collections.abc import Sequence
+
 from resilient_moe.recovery import DEPLOYMENTS, RecoveryPolicy, axes
 
 
 def make(
   shadows: int | str = "all",
+  load: Sequence[float] | None = None,
   losses: int = 1,
   host_weights: bool = True,
   replace: bool = True,
@@ -28,7 +33,7 @@ def make(
   return axes.compose(
     "tarragon",
     axes.survivors(losses, replace=replace),
-    axes.replicas(shadows, shadows=True, host_weights=host_weights),
+    axes.replicas(shadows, shadows=True, load=load, host_weights=host_weights),
     axes.restore_kv("host"),
     drain_stragglers=drain_stragglers,
     deployments=DEPLOYMENTS[1:],

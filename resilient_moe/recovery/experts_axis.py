@@ -109,7 +109,8 @@ def mask(
     new = hidden[~view.masked[hidden]].tolist()
     if isinstance(drained, Infeasible) or not new:
       return drained
-    return (act.MaskExperts(tuple(new)), *drained)
+    # What an abandoned repair had brought back is unmasked first: it counts.
+    return (*drained, act.MaskExperts(tuple(new)))
 
   def repair(view: ClusterView) -> Actions:
     room = int((view.slots[expert_ranks(view)] < 0).sum())

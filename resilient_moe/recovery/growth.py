@@ -36,7 +36,7 @@ def regrow(
   coming = _coming(view)
   actions = grow(view)
   grown = advance_all(view, actions)
-  back = back_to_attention(grown, coming)
+  back = back_to_attention(grown, view)
   actions, grown = actions + back, advance_all(grown, back)
   if not coming and not back:
     return actions  # `refill` was asked already
@@ -82,18 +82,16 @@ def _switched(view: ClusterView) -> np.ndarray:
   return (view.home == Role.ATTENTION) & (view.role == Role.EXPERT)
 
 
-def back_to_attention(
-  view: ClusterView, unread: Ranks = ()
-) -> Actions:
+def back_to_attention(view: ClusterView, before: ClusterView) -> Actions:
   """Ranks that had to take experts over attend again, if others can hold them.
 
-  For a view in which replacements serve. `unread`: ranks that nothing is
-  copied from, because they will have joined only after the copies.
+  For a view in which replacements serve. `before` they came: copies run then,
+  so they read from nobody else and write to no slot that serves there.
   """
   actions: Actions = ()
   switched = np.flatnonzero(_switched(view) & (view.status == Status.SERVING))
   for rank in switched.tolist():
-    move = _emptying(view, rank, unread)
+    move = _emptying(view, rank, before)
     if not move:
       break
     actions += move
@@ -101,14 +99,16 @@ def back_to_attention(
   return actions
 
 
-def _emptying(view: ClusterView, rank: int, unread: Ranks) -> Actions:
+def _emptying(
+  view: ClusterView, rank: int, before: ClusterView
+) -> Actions:
   """The experts of `rank` into slots elsewhere, then its old role."""
   switch = act.SwitchRole(rank, Role.ATTENTION)
   without = advance(view, switch)
   moves = assign(without, lost_experts(without))
-  if isinstance(moves, str):
+  if isinstance(moves, str) or _served_slots(before, moves):
     return ()
-  copies = copies_from(lose(view, unread), moves)
+  copies = copies_from(lose(view, _coming(before)), moves)
   if isinstance(copies, str):
     return ()
   table = retable(without, moves)
@@ -122,12 +122,21 @@ def _emptying(view: ClusterView, rank: int, unread: Ranks) -> Actions:
   return actions
 
 
+def _served_slots(view: ClusterView, moves: tuple[act.Move, ...]) -> bool:
+  """Whether any of `moves` would overwrite a slot that serves."""
+  entries = view.table.entries
+  at = entries[:, :, 0] * view.slots_per_rank + entries[:, :, 1]
+  serves = at[entries[:, :, 0] >= 0]
+  to = [m.rank * view.slots_per_rank + m.slot for m in moves]
+  return bool(np.isin(to, serves).any())
+
+
 def _shares(
   view: ClusterView, coming: list[int]
 ) -> tuple[tuple[act.Move, ...], RoutingTable]:
   """Experts for the `coming` ranks, from who serves most, and the new table.
 
-  Ranks that switched to experts are to give all of theirs away.
+  Ranks that switched to experts give theirs first, as many as there is room.
   """
   entries = view.table.entries.copy()
   served = np.bincount(
@@ -138,14 +147,16 @@ def _shares(
   stay = int((~switched[holders]).sum()) + len(coming)
   even = int(served.sum()) // (stay or 1)
   moves: list[act.Move] = []
-  for rank in coming:
-    for slot in range(min(even, view.slots_per_rank)):
-      left = served[holders]
-      first = switched[holders] & (left > 0)
-      donor = holders[(left + first * (served.sum() + 1)).argmax()]
+  for slot in range(view.slots_per_rank):
+    for rank in coming:
+      early = switched[holders] & (served[holders] > 0)
+      if slot >= even and not early.any():
+        break
+      order = served[holders] + early * (served.sum() + 1)
+      donor = holders[order.argmax()]
       hers = (entries[:, :, 0] == donor) & ~_on(entries, rank)[:, None]
       if not hers.any():
-        break
+        continue
       expert, copy = np.argwhere(hers)[-1]
       moves.append(act.Move(int(expert), rank, slot))
       entries[expert, copy] = rank, slot

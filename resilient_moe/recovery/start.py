@@ -11,7 +11,11 @@ import numpy as np
 from resilient_moe.recovery.checks import request_ranks
 from resilient_moe.recovery.effects import sealed
 from resilient_moe.recovery.packing import deal
-from resilient_moe.recovery.policy import RecoveryPolicy, Standing
+from resilient_moe.recovery.policy import (
+  RecoveryPolicy,
+  Standing,
+  misplaced,
+)
 from resilient_moe.recovery.view import (
   ClusterView,
   RequestTable,
@@ -130,7 +134,14 @@ def with_requests(
 def start(
   policy: RecoveryPolicy, view: ClusterView, requests: int = 0
 ) -> ClusterView:
-  """The bare `view` as `policy` prepares it, with requests in mid-decode."""
+  """The bare `view` as `policy` prepares it, with requests in mid-decode.
+
+  Raises:
+    ValueError: the policy is for another deployment.
+  """
+  reason = misplaced(policy.name, policy.deployments, view)
+  if reason:
+    raise ValueError(reason)
   standing = policy.prepare(view)
   return with_requests(
     stand(view, standing), requests, checkpoint=standing.checkpoint

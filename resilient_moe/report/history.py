@@ -49,6 +49,8 @@ request emits has position len(prompt_tokens).
                outcome
   resumed      epoch, paused [request_ids]
   redundancy   full, epoch
+  exchange     sent_bytes, returned_bytes; embeddings between attention and
+               expert ranks, replays included
   healed       by, rank, layer, experts, seconds; attention rank `by` had the
                same embeddings computed elsewhere when `rank` owed them
   epoch        epoch, mesh [ranks]; the membership from here on. The gateway
@@ -90,6 +92,7 @@ SCHEMA: dict[str, tuple[str, ...]] = {
         "failed": "request_id reason",
         "failure": "kind ranks epoch",
         "fault": "kind ranks phase step affected",
+        "exchange": "sent_bytes returned_bytes",
         "healed": "by rank layer experts seconds",
         "finished": "request_id reason tokens",
         "infeasible": "policy reason",

@@ -1,6 +1,6 @@
 """Compiles step programs ahead of time, in a process of low priority.
 
-  python -m resilient_moe.runtime.ahead idle|now STORE N_DEVICES SIZE [SIZE ...]
+  python -m resilient_moe.runtime.ahead idle|now STORE N_DEVICES [SIZE ...]
 
 `idle` stands back behind everybody else; `now` is for a start that waits.
 Serving goes on meanwhile: a thread would share the interpreter lock and the
@@ -33,7 +33,10 @@ def start(
 def main(
   when: str, store: pathlib.Path, n_devices: int, sizes: list[int]
 ) -> None:
-  """Fills the store: programs of a rank, steps of each mesh size."""
+  """Fills the store: programs of a rank, steps of each mesh size.
+
+  Without a size: the programs of attention ranks and of expert ranks.
+  """
   die_with_parent()
   if when == "idle":
     _stand_back()
@@ -44,6 +47,11 @@ def main(
 
   shape = read_shape(store / SHAPE_FILE)
   executables = Executables(shape, store)
+  if not sizes:
+    from resilient_moe.runtime.split.families import compile_families
+
+    compile_families(executables, jax.devices()[0])
+    return
   jobs = [(c, jax.devices()[:s]) for s in sizes for c in shape.chunks()]
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     ranks = pool.submit(executables.rank_programs, jax.devices()[0])

@@ -131,9 +131,12 @@ class EmulatedBackend(Instance):
 
     weights = self.weights.read(moves, tier, peer)
     for move in moves:
-      self.store.write_slot(move.rank, move.slot, weights[move.expert])
+      self.write_slot(move, weights[move.expert])
     self.store.wait()
     return sum(tree_bytes(weights[move.expert]) for move in moves)
+
+  def write_slot(self, move: Move, weights: dict[str, Any]) -> None:
+    self.store.write_slot(move.rank, move.slot, weights)
 
   def restore(
     self, placed: tuple[Placed, ...], tier: Tier

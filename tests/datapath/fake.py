@@ -19,6 +19,7 @@ E, LAYERS = 8, 3
 # Every expert on two EWs of four; what a death leaves, a third one holds.
 DOUBLE = {e: [(e % 4, e // 4), ((e + 1) % 4, 2 + e // 4)] for e in range(E)}
 SHADOWS = {e: [((e + 2) % 4, 4 + e // 4)] for e in range(E)}
+EVERYWHERE = {e: [(r, e) for r in range(4)] for e in range(E)}
 SINGLE = {e: [(e % 4, e // 4)] for e in range(E)}
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # h, experts, live
@@ -123,6 +124,10 @@ class FakeLinks:
   def cut(self, rank: int) -> None:
     """Embeddings no longer reach the EW, which lives and answers probes."""
     self._cut.add(rank)
+
+  def mend(self, rank: int) -> None:
+    """The next embeddings reach the EW again; the lost ones are lost."""
+    self._cut.discard(rank)
 
   def after(self, seconds: float, act: Callable[[], None]) -> None:
     self._put(seconds, act)

@@ -6,8 +6,7 @@ import pytest
 from resilient_moe.datapath import grouping
 from resilient_moe.datapath.routes import ExpertRoutes
 from tests.datapath import fake
-
-E = 8
+from tests.datapath.fake import BATCH, DOUBLE, LAYERS, E, Scene
 
 
 def draw(rng, n=9, k=3, width=5):
@@ -111,3 +110,25 @@ def test_results_land_where_they_belong():
   y = np.full((4, 2), 9, np.float32)
   grouping.scatter(y, np.array([3, 1]), np.array([[1, 2], [3, 4]]))
   assert y.tolist() == [[9, 9], [3, 4], [9, 9], [1, 2]]
+
+
+# Under an exchange.
+
+
+@pytest.mark.parametrize("dedup", [True, False])
+def test_bytes_are_those_of_the_papers_without_dedup(dedup):
+  h, experts, live = BATCH
+  one_rank = {e: [(0, e)] for e in range(E)}
+  scene = Scene(fake.routes(0, one_rank), dedup=dedup)
+  scene.check_step()
+  half = LAYERS * live.sum() * experts.shape[1] * h.shape[1] * h.itemsize
+  assert scene.exchange.sent_bytes == (half // 2 if dedup else half)
+  assert scene.exchange.returned_bytes == half
+
+
+def test_places_take_different_copies():
+  h, live = np.ones((1, 4), np.float32), np.ones(1, bool)
+  for place, (rank, _) in enumerate(DOUBLE[0]):
+    scene = Scene(fake.routes(0, DOUBLE), place=place)
+    scene.check_run(0, (h, np.zeros((1, 1), np.int32), live))
+    assert [sent[0] for sent in scene.links.log] == [rank]

@@ -4,6 +4,8 @@ A failing seed prints the command that repeats it. RMOE_SEED runs one seed.
 """
 
 import dataclasses
+import importlib
+import inspect
 import os
 
 import numpy as np
@@ -15,35 +17,47 @@ SEEDS = (
   [int(os.environ["RMOE_SEED"])] if "RMOE_SEED" in os.environ else range(120)
 )
 FAILURES = 8  # in a life
-POLICIES = [
-  n for n in rm.policy_names()
-  if n != "none" and "collocated" in rm.load(n).deployments
-]  # fmt: skip
+POLICIES = [n for n in rm.policy_names() if n != "none"]
 
 
-def random_start(rng):
+def random_keywords(rng, name, holders):
+  """Some of what the policy `name` can be told; `holders` hold experts."""
+  some = {
+    "losses": int(rng.integers(1, max(holders, 2))),
+    "replace": bool(rng.integers(2)),
+    "rearm": bool(rng.integers(2)),
+    "drain_stragglers": bool(rng.integers(2)),
+    "replicas": [0, 3, "all", "30%"][rng.integers(4)],
+    "shadows": bool(rng.integers(2)),
+    "checkpoint": ["peer", "host"][rng.integers(2)],
+    "spares": int(rng.integers(1, 4)),
+    "mask_from": int(rng.integers(0, 4)),
+    "host_weights": bool(rng.integers(2)),
+  }
+  if name == "tarragon":
+    some["shadows"] = some["replicas"]
+  if name in ("restart", "restart_cached"):
+    del some["losses"]
+  known = inspect.signature(importlib.import_module(f"policies.{name}").make)
+  return {k: v for k, v in some.items() if k in known.parameters}
+
+
+def random_start(rng, deployment):
   """A policy with a fallback on a random cluster in mid-decode."""
-  ranks = int(rng.integers(2, 13))
-  name = str(rng.choice(POLICIES))
-  kwargs = {}
-  if name not in ("restart", "restart_cached", "spare", "cheapest"):
-    kwargs["losses"] = int(rng.integers(1, ranks))
-    kwargs["replace"] = bool(rng.integers(2))
-    if name != "revive_moe":
-      kwargs["rearm"] = bool(rng.integers(2))
-  if name in ("replica_promotion", "kv_restore"):
-    kwargs["replicas"] = [0, 3, "all"][rng.integers(3)]
-    kwargs["shadows"] = bool(rng.integers(2))
-  if name == "kv_restore":
-    kwargs["checkpoint"] = ["peer", "host"][rng.integers(2)]
-  if name == "spare":
-    kwargs["spares"] = int(rng.integers(1, 4))
+  apart = deployment == "disaggregated"
+  ranks = int(rng.integers(3, 13)) if apart else int(rng.integers(2, 13))
+  attention = int(rng.integers(1, ranks - 1)) if apart else 0
+  names = [n for n in POLICIES if deployment in rm.load(n).deployments]
+  name = str(rng.choice(names))
+  kwargs = random_keywords(rng, name, ranks - attention)
+  print(f"policy: {name} {kwargs}; {attention} of {ranks} ranks only attend")
   policy = rm.load(name, **kwargs)
   if rng.integers(2):
     policy = rm.first_feasible(policy, rm.load("restart_cached"))
   view = rm.bare_view(
     ranks,
     int(rng.integers(2, 40)),
+    attention=attention,
     spares=policy.spares,
     top_k=int(rng.integers(1, 3)),
     rows_per_rank=int(rng.integers(1, 5)),
@@ -58,7 +72,10 @@ def random_failure(rng, view):
   alive = np.flatnonzero(view.status != rm.Status.LOST)
   n = min(int(rng.integers(1, 3)), len(alive))
   ranks = tuple(int(r) for r in rng.choice(alive, n, replace=False))
-  kind = rng.integers(5)
+  kind = rng.integers(6 if view.disaggregated else 5)
+  if kind == 5:
+    attend, hold = (np.flatnonzero(view.home == r) for r in rm.Role if r)
+    return rm.LinkLost(int(rng.choice(attend)), int(rng.choice(hold))), view
   if kind == 0:
     return rm.RanksLeaving(ranks, 2.0), view
   if kind == 1:
@@ -95,6 +112,7 @@ def routed_right(view):
       assert view.status[rank] == rm.Status.SERVING
       assert rank in view.mesh
       assert view.slots[rank, slot] == expert
+      assert view.role[rank] != rm.Role.ATTENTION
       live += 1
     assert live or view.masked[expert], f"expert {expert} is not served"
 
@@ -107,14 +125,21 @@ def requests_kept(before, after, policy):
     assert names == before.requests.request_id
 
 
-def live(seed):
+def seated_right(view):
+  """The same for requests: they sit with who lives and attends."""
+  for rank in view.requests.rank[view.requests.rank >= 0].tolist():
+    assert view.status[rank] == rm.Status.SERVING
+    assert view.role[rank] != rm.Role.EXPERT
+
+
+def live(seed, deployment):
   """Goes from failure to failure.
 
   Returns:
     How many there were, and what came last: a view, or an `Infeasible`.
   """
   rng = np.random.default_rng(seed)
-  policy, view = random_start(rng)
+  policy, view = random_start(rng, deployment)
   assert rm.servable(view) is None
   end = view
   failure, view = random_failure(rng, view)
@@ -137,6 +162,7 @@ def live(seed):
       if i + 1 >= len(plan.resume):
         assert rm.servable(view) is None
         routed_right(view)
+        seated_right(view)
     requests_kept(start, view, policy)
     if stop >= len(plan.resume):
       view = decoded(rng, view)
@@ -146,13 +172,15 @@ def live(seed):
   return count, end
 
 
+@pytest.mark.parametrize("deployment", rm.DEPLOYMENTS)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_random_life(seed):
+def test_a_random_life(seed, deployment):
   print(
     "repeat: "
     f"RMOE_SEED={seed} .venv/bin/python -m pytest {os.path.relpath(__file__)}"
+    f" -k {deployment}"
   )
-  count, end = live(seed)
+  count, end = live(seed, deployment)
   if isinstance(end, rm.Infeasible):
     assert end.reason, "a policy that gives up says why"
   else:

@@ -35,11 +35,14 @@ from resilient_moe.runtime.process.wire import (
   AUTHKEY,
   Abort,
   Call,
+  Found,
   Member,
   Reply,
   Setup,
   Shut,
+  SplitSetup,
   Strike,
+  Tell,
 )
 from resilient_moe.serving.recover import Record
 
@@ -68,17 +71,22 @@ class Crew:
     self._before_wait = before_wait
     self._door = Door((cluster.host, cluster.port), self.authkey)
     self._mates: dict[int, Mate] = {}
-    self._setups: dict[int, Setup] = {}
+    self._setups: dict[int, Setup | SplitSetup] = {}
     self._fenced: list[tuple[float, Mate]] = []  # killed at that time
     self._ran: set[tuple[Member, ...]] = set()  # together, to the end
     self._shut_at_s: float | None = None  # an abort is under way
     self._dying: list[Mate] = []  # dead, not reaped yet
     self._lost: list[int] = []  # noticed, not taken yet
     self._number = 0
+    self._asked: dict[int, tuple[int, float]] = {}  # rank -> number, since
+    self._answered: list[tuple[int, Reply | None]] = []
+    self._found: list[tuple[int, Found]] = []
 
   # -- who is there
 
-  def start(self, rank: int, incarnation: int, setup: Setup) -> None:
+  def start(
+    self, rank: int, incarnation: int, setup: Setup | SplitSetup
+  ) -> None:
     """Starts a process, or expects one; `is_up`: it can be called."""
     process = self._spawn(rank, incarnation) if self._cluster.spawn else None
     self._mates[rank] = Mate(rank, incarnation, process)
@@ -196,6 +204,36 @@ class Crew:
       self._ran.add(members)
     return answers
 
+  def ask(self, rank: int, args: Mapping[str, Any], op: str) -> None:
+    """Asks one rank and doesn't wait: see `answered`. One at a time each."""
+    self._number += 1
+    self._asked[rank] = self._number, time.monotonic()
+    self._send(rank, Call(self._number, self.epoch, op, dict(args)))
+
+  def answered(self, wait_s: float) -> list[tuple[int, Reply | None]]:
+    """(rank, what it said to `ask`); None: it is gone. Waits for the first."""
+    for rank in self._ready(set(self._asked), wait_s):
+      self._hear(rank, -1, set(), Answers({}, {}, ()))
+    now = time.monotonic()
+    for rank, (_, since) in list(self._asked.items()):
+      self._give_up(self.watch.stuck([rank], now - since), {rank})
+      if rank not in self._mates:
+        del self._asked[rank]
+        self._answered.append((rank, None))
+    said, self._answered = self._answered, []
+    return said
+
+  def found(self) -> list[tuple[int, Found]]:
+    """What workers have said unasked, since the last time."""
+    found, self._found = self._found, []
+    return found
+
+  def inform(self, each: Mapping[int, Mapping[str, Any]], op: str) -> None:
+    """A method that can't wait for the call that a worker is doing."""
+    for rank, args in each.items():
+      if (mate := self._mates.get(rank)) is not None:
+        tell(mate, Tell(op, dict(args)))
+
   def _send(self, rank: int, call: Call) -> bool:
     mate = self._mates.get(rank)
     if mate is None or mate.work is None:
@@ -207,10 +245,10 @@ class Crew:
       return False
     return True
 
-  def _ready(self, waiting: set[int]) -> list[int]:
+  def _ready(self, waiting: set[int], wait_s: float = TICK_S) -> list[int]:
     """Ranks that have said something, or died; waits a tick at most."""
     self._before_wait()
-    found = self._wait(TICK_S)
+    found = self._wait(wait_s)
     return [rank for rank in found if rank in waiting]
 
   def _wait(self, wait_s: float) -> list[int]:
@@ -242,8 +280,11 @@ class Crew:
     """All that a worker says on its control connection, but its end."""
     assert mate.control is not None
     try:
-      mate.control.recv()
-      mate.quiet = True
+      said = mate.control.recv()
+      if isinstance(said, Found):
+        self._found.append((mate.rank, said))
+      else:
+        mate.quiet = True
     except (EOFError, OSError):
       self._bury(mate)
 
@@ -268,6 +309,10 @@ class Crew:
       reply: Reply = mate.work.recv()
     except (EOFError, OSError):
       self._bury(mate)
+      return
+    if reply.number == self._asked.get(rank, (0, 0.0))[0]:
+      del self._asked[rank]
+      self._answered.append((rank, reply))
       return
     if reply.number != number:
       self._record("stale", epoch=reply.epoch, rank=rank)

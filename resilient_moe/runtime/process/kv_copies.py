@@ -7,15 +7,15 @@ is a prefix of it (positions never change), so the longest one serves.
 
 import collections
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from resilient_moe.recovery.view import Tier
 from resilient_moe.runtime.process.crew import Crew
 from resilient_moe.runtime.process.data import DRAIN_S, DataClient
-from resilient_moe.runtime.process.kv_store import StoreProcess
 from resilient_moe.runtime.process.mate import WorkerFailed
+from resilient_moe.runtime.process.stores import Stores
 from resilient_moe.runtime.process.wire import Address
 from resilient_moe.runtime.seats import Seats
 from resilient_moe.serving.backend import Placed
@@ -25,23 +25,29 @@ from resilient_moe.serving.scheduler import StepBatch
 HOST = -1  # holder of what the store process mirrors
 
 
+class _Copy(NamedTuple):
+  """A copy of a request's KV; the longest one is the largest."""
+
+  tokens: int
+  holder: int
+  address: Address
+
+
 class KVCopies:
   """Mirrors of the KV of every request in flight, or none at all."""
 
   def __init__(
-    self, mode: str, crew: Crew, store: StoreProcess | None, rows: int,
+    self, mode: str, crew: Crew, stores: Stores | None, rows: int,
     record: Record,
   ) -> None:  # fmt: skip
-    """`mode`: none, peer or host (with `store`); `rows` of a rank."""
+    """`mode`: none, peer or host (with `stores`); `rows` of a rank."""
     self.mode = mode
-    self._crew, self._store, self._rows = crew, store, rows
+    self._crew, self._stores, self._rows = crew, stores, rows
     self._record = record
-    self._client: DataClient | None = None
-    if store is not None:
-      self._client = DataClient(store.address, crew.authkey)
+    self._clients: dict[Address, DataClient] = {}
     self._seats = Seats()
     self._holder: dict[int, int] = {}  # rank -> who mirrors it
-    self._known: dict[str, tuple[int, int]] = {}  # tokens, holder
+    self._known: dict[str, _Copy] = {}
     self._ended: list[int] = []  # died since the records were last read
     self._rebase: collections.deque[str] = collections.deque()
     self._lag = 0
@@ -93,19 +99,33 @@ class KVCopies:
       if self._holder.get(rank) == holder:
         continue
       self._holder[rank] = holder
-      self._crew.tell(
-        {rank: {"address": self._address(holder, rank)}}, "stream_to"
-      )
-      self._rebase.extend(self._seats.on([rank]))
+      self._stream(rank, self._address(holder, rank))
+
+  def _stream(self, rank: int, address: Address | None) -> None:
+    """A rank's KV goes there from now on, and what it has so far too."""
+    self._crew.tell({rank: {"address": address}}, "stream_to")
+    self._rebase.extend(self._seats.on([rank]))
 
   def _address(self, holder: int, rank: int) -> Address | None:
     """Where a holder takes streams; a single rank has no neighbour."""
     if holder == HOST:
-      return self._store.address if self._store is not None else None
+      return self._stores.retarget(rank) if self._stores is not None else None
     if holder == rank or not self._crew.alive(holder):
       return None
     up = self._crew.mate(holder).up
     return up.data if up is not None else None
+
+  def look(self) -> None:
+    """A store that died is replaced by another, if one is left."""
+    if self._stores is None:
+      return
+    for dead in self._stores.lost():
+      ranks = [r for r in self._stores.ranks_of(dead) if r in self._holder]
+      left = len(self._stores.alive())
+      what = "stream to another" if left else "are prefilled when they move"
+      self._warn(f"KV store {dead} is gone: requests of ranks {ranks} {what}")
+      for rank in ranks if left else ():
+        self._stream(rank, self._stores.retarget(rank))
 
   def lost(self, ranks: Iterable[int]) -> None:
     """Ranks that are gone: what the dead ones sent ends, and is awaited."""
@@ -140,28 +160,49 @@ class KVCopies:
     if self.mode == "none":
       return {}
     ended, self._ended = self._ended, []
-    known: dict[str, tuple[int, int]] = {}
-    for holder, records in self._ask(ended).items():
+    known: dict[str, _Copy] = {}
+    for holder, address, records in self._ask(ended):
       for name, tokens in records.items():
-        known[name] = max(known.get(name, (0, HOST)), (tokens, holder))
+        copy = _Copy(tokens, holder, address)
+        known[name] = max(known.get(name, copy), copy)
     self._known = known
-    return known
+    return {name: (c.tokens, c.holder) for name, c in known.items()}
 
-  def _ask(self, ended: list[int]) -> dict[int, dict[str, int]]:
+  def _ask(
+    self, ended: list[int]
+  ) -> list[tuple[int, Address, dict[str, int]]]:
+    """(holder, its address, what it keeps) of everybody who says so."""
     if self.mode == "peer":
-      ranks = [r for r in self._crew.ranks() if self._crew.is_up(r)]
+      ranks = self._crew.up_ranks()
       answers = self._crew.call({r: {"ended": ended} for r in ranks}, "records")
       for rank, error in answers.errors.items():
         self._warn(f"rank {rank} can't say what it mirrors: {error}")
-      return answers.values
-    assert self._client is not None
+      found = []
+      for rank, records in answers.values.items():
+        if (address := self._address(rank, HOST)) is not None:
+          found.append((rank, address, records))
+      return found
+    assert self._stores is not None
+    return [
+      (HOST, address, self._stored(address, ended))
+      for address in self._stores.addresses().values()
+    ]
+
+  def _stored(self, address: Address, ended: list[int]) -> dict[str, int]:
+    """What a store keeps."""
     try:
+      client = self._client(address)
       for rank in ended:
-        self._client.streams_ended(rank, DRAIN_S)
-      return {HOST: self._client.records()}
+        client.streams_ended(rank, DRAIN_S)
+      return client.records()
     except ConnectionError as error:
       self._warn(f"the KV store is gone, requests are prefilled: {error}")
       return {}
+
+  def _client(self, address: Address) -> DataClient:
+    if address not in self._clients:
+      self._clients[address] = DataClient(address, self._crew.authkey)
+    return self._clients[address]
 
   def restore(
     self, placed: tuple[Placed, ...], tier: Tier, alive: np.ndarray
@@ -201,19 +242,13 @@ class KVCopies:
       settle.add(p.from_rank)
       args = (p.from_row, p.live_tokens)
       return {"what": "row", "address": up.data, "args": args}
-    tokens, holder = self._known.get(p.request_id, (0, HOST))
-    if not tokens:
+    copy = self._known.get(p.request_id)
+    if copy is None or not copy.tokens:
       return None
-    address = self._address(holder, -2)
-    if address is None:
-      return None
-    return {"what": "kv", "address": address, "args": (p.request_id,)}
+    return {"what": "kv", "address": copy.address, "args": (p.request_id,)}
 
   def _warn(self, text: str) -> None:
     self._record("warning", text=text)
-
-  def store_pid(self) -> int | None:
-    return self._store.process.pid if self._store is not None else None
 
   def close(self, mesh: tuple[int, ...]) -> None:
     """Records what streaming came to; ends the store process."""
@@ -225,7 +260,7 @@ class KVCopies:
     except WorkerFailed as error:
       self._warn(f"no count of streamed bytes: {error}")
     finally:
-      if self._client is not None:
-        self._client.close()
-      if self._store is not None:
-        self._store.close()
+      for client in self._clients.values():
+        client.close()
+      if self._stores is not None:
+        self._stores.close()

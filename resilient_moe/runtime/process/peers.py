@@ -58,8 +58,7 @@ class Frame(NamedTuple):
 
   def buffers(self) -> list[memoryview]:
     """Its bytes; the arrays must stay as they are until they are sent."""
-    data = np.ascontiguousarray(self.data)
-    code = _code(data.dtype)
+    data, code = self.data, _code(self.data.dtype)
     if data.ndim != 2 or self.token.shape != self.slot.shape:
       raise ValueError(
         f"data {data.shape}, token {self.token.shape}, slot "

@@ -6,7 +6,7 @@ The public methods are what the supervisor's calls name (`wire.Call`), but for
 
 import pathlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from resilient_moe.recovery.view import Tier
 from resilient_moe.runtime.device_store import DeviceStore
 from resilient_moe.runtime.process import private
 from resilient_moe.runtime.process.data import (
+  DRAIN_S,
   DataClient,
   DataServer,
   PullFailed,
@@ -26,17 +27,24 @@ from resilient_moe.runtime.process.data import (
 from resilient_moe.runtime.process.mirror import KVMirror
 from resilient_moe.runtime.process.probe import Responder
 from resilient_moe.runtime.process.stream import KVStream
-from resilient_moe.runtime.process.wire import Address, Member, Setup, Up
+from resilient_moe.runtime.process.wire import (
+  Address,
+  Found,
+  Member,
+  Setup,
+  Up,
+)
 from resilient_moe.runtime.readiness import COMPILED_POLL_S
 from resilient_moe.runtime.stages import Stages
 from resilient_moe.runtime.weights import WeightTiers, tree_bytes
 
 Mesh = tuple[int, ...]
-DRAIN_S = 0.01  # what a dead rank had sent is read by then; later is harmless
 
 
 class Shard:
   """The store of one rank, its mirror of others, and its own stream."""
+
+  say: Callable[[Found], None]  # unused: it finds nothing out by itself
 
   def __init__(
     self, rank: int, setup: Setup, authkey: bytes, host: str
@@ -72,7 +80,7 @@ class Shard:
       self.weights.drop_host_copy()
     self.up = Up(
       self._server.address, responder.port, responder.native,
-      tree_bytes(self._template), tree_bytes(self.weights.dense),
+      tree_bytes(self.weights.dense),
       self.weights.host_bytes, seconds,
     )  # fmt: skip
 

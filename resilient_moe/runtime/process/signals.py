@@ -40,6 +40,16 @@ class Signals:
     at = time.monotonic() + self._random.uniform(0.0, within_s)
     self._armed.append((at, lambda: self._strike(fault)))
 
+  def draw(self, n: int) -> int:
+    """A number below `n`."""
+    return self._random.randrange(n)
+
+  def kill(self, rank: int) -> None:
+    """The end of a rank that a fault takes together with another."""
+    pid = self._pid_of(rank)
+    if pid is not None:
+      _send([pid], signal.SIGKILL)
+
   def due(self) -> None:
     """Does what is due; called every few milliseconds."""
     if not self._armed:

@@ -4,6 +4,7 @@ import pathlib
 import socket
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from resilient_moe.runtime.assemble import (
 from resilient_moe.runtime.case import Case
 from resilient_moe.runtime.execute import canary
 from resilient_moe.runtime.journal import INJECTOR
-from resilient_moe.runtime.process import kv_store, private
+from resilient_moe.runtime.process import private
 from resilient_moe.runtime.process.backend import ProcessBackend
 from resilient_moe.runtime.process.cluster import Cluster
 from resilient_moe.runtime.process.crew import START_S, Crew
@@ -31,9 +32,11 @@ from resilient_moe.runtime.process.kv_copies import KVCopies
 from resilient_moe.runtime.process.mate import WorkerFailed
 from resilient_moe.runtime.process.rules import Limits
 from resilient_moe.runtime.process.signals import Signals
+from resilient_moe.runtime.process.stores import Stores
 from resilient_moe.runtime.process.watch import Watch
-from resilient_moe.runtime.process.wire import Setup
+from resilient_moe.runtime.process.wire import Setup, SplitSetup
 from resilient_moe.runtime.readiness import Readiness
+from resilient_moe.runtime.stages import Stages
 
 INCARNATIONS = 32  # processes that one rank can be, one after the other
 
@@ -44,7 +47,12 @@ def assemble(
 ) -> ProcessBackend:  # fmt: skip
   """An engine of processes, ready to serve; each stage is recorded."""
   folder = store_folder(case, plans, fresh, scratch)
-  start = _Start(case, plans, fresh, folder, scratch, recorder)
+  kind = Start
+  if case.deployment == "disaggregated":
+    from resilient_moe.runtime.process.split_supervise import SplitStart
+
+    kind = SplitStart
+  start = kind(case, plans, fresh, folder, scratch, recorder)
   try:
     return start.run()
   except BaseException:
@@ -52,7 +60,7 @@ def assemble(
     raise
 
 
-class _Start:
+class Start:
   """The parts of an engine while it is put together."""
 
   def __init__(
@@ -68,22 +76,26 @@ class _Start:
     self._readiness = Readiness(
       executables, folder, len(plans.view.status), recorder.write
     )
-    self._readiness.compile(self._sizes())
     self._cluster = Cluster(**case.cluster)
-    host = self._cluster.host
-    self._address = f"{host}:{_free_port(host)}"
-    self._service = private.host_service(self._address, len(self._ranks))
+    self._begin()
     self._probes = scratch / "probes"
-    limits = Limits(**case.detector)
-    watch = Watch(limits, self._probes)
+    self._limits = Limits(**case.detector)
+    watch = Watch(self._limits, self._probes)
     self._crew = Crew(
       self._cluster, recorder.write, watch, lambda: self._signals.due()
     )
     self._signals = Signals(
       case.seed, self._pid, self._store_pid, self._struck, self._crew.strike
     )
-    self._store: kv_store.StoreProcess | None = None
+    self._stores: Stores | None = None
     self._backend: ProcessBackend | None = None
+
+  def _begin(self) -> None:
+    """What workers wait for: programs, and the service that they join."""
+    self._readiness.compile(self._sizes())
+    host = self._cluster.host
+    self._address = f"{host}:{_free_port(host)}"
+    self._service = private.host_service(self._address, len(self._ranks))
 
   def run(self) -> ProcessBackend:
     stage = stages_of(self._recorder, self._fresh.generation)
@@ -99,10 +111,15 @@ class _Start:
       time.sleep(0.01)
     stage.done("workers")
     self._note_stages()
+    self._backend = self._first_step(stage)
+    return self._backend
+
+  def _first_step(self, stage: Stages) -> ProcessBackend:
+    """The backend, once every program of the first mesh has run."""
     mesh = tuple(self._plans.view.mesh.tolist())
     self._readiness.wait_compiled(len(mesh))
     stage.done("executables")
-    backend = self._backend = self._make()
+    backend = ProcessBackend(*self._parts())
     backend.load(mesh, run=True)
     backend.changed()  # everybody learns who mirrors whom
     backend.canary_token = canary(backend)
@@ -131,36 +148,47 @@ class _Start:
       if not self._crew.alive(rank):
         raise WorkerFailed(f"the worker of rank {rank} did not start")
 
-  def _setup(self, rank: int, slots: tuple[int, ...]) -> Setup:
+  def _setup(
+    self, rank: int, slots: tuple[int, ...]
+  ) -> Setup | SplitSetup:
     standing = self._plans.standing
     return Setup(
       numbers={r: i for i, r in enumerate(self._ranks)},
       incarnations=dict(self._incarnations), coordinator=self._address,
       n_devices=INCARNATIONS, platform=self._cluster.platform,
-      checkpoint=str(pathlib.Path(self._case.checkpoint).absolute()),
+      checkpoint=self._checkpoint(),
       shape=self._plans.shape, store=self._folder, slots=slots,
       host_weights=standing.host_weights,
       mirrors=standing.checkpoint == "peer",
       streams=standing.checkpoint != "none", probes=self._probes,
     )  # fmt: skip
 
+  def _checkpoint(self) -> str:
+    return str(pathlib.Path(self._case.checkpoint).absolute())
+
   def _start_store(self) -> None:
     if self._plans.standing.checkpoint != "host":
       return
     config = self._plans.config
     shape = request_kv_shape(config, self._plans.shape.options)
-    self._store = kv_store.start(shape, config.dtype, self._crew.authkey)
+    self._stores = Stores(
+      self._n_stores(), shape, config.dtype, self._crew.authkey
+    )
 
-  def _make(self) -> ProcessBackend:
+  def _n_stores(self) -> int:
+    return 1
+
+  def _parts(self) -> tuple[Any, ...]:
+    """What a backend is made of."""
     case, plans, crew = self._case, self._plans, self._crew
     record = self._recorder.write
     injector = make_injector(case, plans, self._fresh)
     copies = KVCopies(
-      plans.standing.checkpoint, crew, self._store, plans.shape.options.rows,
+      plans.standing.checkpoint, crew, self._stores, plans.shape.options.rows,
       record,
     )  # fmt: skip
     crew.epoch = plans.view.epoch
-    return ProcessBackend(
+    return (
       plans.view, plans.standing, plans.shape, crew, copies, self._launch,
       self._readiness, injector, self._signals, self._remember, record,
       self._recorder.now_s,
@@ -180,14 +208,19 @@ class _Start:
       raise WorkerFailed(f"rank {rank} is not part of this engine")
     self._incarnations[rank] += 1
     incarnation = self._incarnations[rank]
-    if incarnation >= INCARNATIONS:
+    most = self._most_incarnations()
+    if most is not None and incarnation >= most:
       raise WorkerFailed(
-        f"rank {rank} has died {INCARNATIONS} times; an engine has devices "
-        f"for {INCARNATIONS} processes a rank"
+        f"rank {rank} has died {most} times; an engine has devices for "
+        f"{most} processes a rank"
       )
     empty = (-1,) * self._plans.view.slots_per_rank
     self._crew.start(rank, incarnation, self._setup(rank, empty))
     return 0
+
+  def _most_incarnations(self) -> int | None:
+    """Processes that one rank can be; None: any number."""
+    return INCARNATIONS
 
   def _note_stages(self) -> None:
     """The slowest worker's stages."""
@@ -215,7 +248,9 @@ class _Start:
     return process.pid if process is not None else None
 
   def _store_pid(self) -> int | None:
-    return self._store.process.pid if self._store is not None else None
+    """Of the first that lives."""
+    pids = self._stores.pids if self._stores is not None else {}
+    return next(iter(pids.values()), None)
 
   def _struck(self, fault: Fault) -> None:
     assert self._backend is not None
@@ -225,8 +260,8 @@ class _Start:
     """Ends whatever has been started."""
     self._signals.close()
     self._readiness.close()
-    if self._store is not None:
-      self._store.close()
+    if self._stores is not None:
+      self._stores.close()
     self._crew.close()
     self._crew.watch.close()
 

@@ -13,12 +13,15 @@ import socket
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from resilient_moe.recovery import Role
+
 # `as`: whoever reads this module's words finds these here, too.
 from resilient_moe.runtime.process.link import AUTHKEY as AUTHKEY
 from resilient_moe.runtime.process.link import Address as Address
 
 if TYPE_CHECKING:  # a worker must not wait for JAX before it says hello
   from resilient_moe.mesh.programs import InstanceShape
+  from resilient_moe.runtime.split.options import ExchangeOptions
 
 ANY = -1  # incarnation of a worker that leaves it to the supervisor
 Member = tuple[int, int]  # (rank, incarnation): one process
@@ -66,6 +69,20 @@ class Strike(NamedTuple):
   signal: int
 
 
+class Tell(NamedTuple):
+  """On `control`: a method that can't wait for the call that is being done."""
+
+  op: str
+  args: dict[str, Any]
+
+
+class Found(NamedTuple):
+  """A worker, on `control`: something that nobody has asked for."""
+
+  name: str
+  facts: dict[str, Any]
+
+
 class Hello(NamedTuple):
   """The first message on a connection."""
 
@@ -93,16 +110,45 @@ class Setup:
   probes: pathlib.Path  # folder of the probe library
 
 
+@dataclasses.dataclass(frozen=True)
+class SplitSetup:
+  """The same for a worker that attends, or holds experts, but not both."""
+
+  incarnation: int
+  role: Role
+  platform: str
+  checkpoint: str
+  shape: "InstanceShape"
+  store: pathlib.Path  # of executables
+  slots: tuple[int, ...]  # expert in each slot; -1: empty
+  host_weights: bool
+  mirrors: bool  # holds other ranks' KV checkpoints
+  streams: bool  # sends its own
+  probes: pathlib.Path  # folder of the probe library
+  probe_interval_s: float
+  exchange: "ExchangeOptions"
+  spans: pathlib.Path | None  # folder for who computed what when
+  start_s: float  # of the run, monotonic
+
+
+class Peer(NamedTuple):
+  """Where attention workers find an expert worker."""
+
+  desk: Address
+  incarnation: int
+  probe_port: int
+
+
 class Up(NamedTuple):
   """A worker is ready to work."""
 
   data: Address
   probe_port: int
   native_probe: bool
-  expert_bytes: int
   dense_bytes: int
   host_bytes: int
   stages: dict[str, float]  # seconds
+  desk: Address | None = None  # where it takes tokens for experts
 
 
 def own_host(connection: Connection) -> str:

@@ -23,13 +23,16 @@ from resilient_moe.runtime.parent import die_with_parent
 from resilient_moe.runtime.process.wire import (
   AUTHKEY,
   Call,
+  Found,
   Hello,
   Member,
   Quiet,
   Reply,
   Setup,
   Shut,
+  SplitSetup,
   Strike,
+  Tell,
   Up,
   own_host,
   prompt,
@@ -38,6 +41,7 @@ from resilient_moe.runtime.process.wire import (
 ENDED = 3  # exit status of a worker whose supervisor is gone
 SHARDS = {  # by what describes them; named, as a worker must greet before JAX
   Setup: ("resilient_moe.runtime.process.shard", "Shard"),
+  SplitSetup: ("resilient_moe.runtime.process.split_shard", "SplitShard"),
 }
 
 
@@ -45,6 +49,7 @@ class Served(Protocol):
   """A shard of any kind; calls name its other methods (`wire.Call`)."""
 
   up: Up
+  say: Callable[[Found], None]  # to the supervisor, from any thread
 
   def abort(self, gone: tuple[Member, ...]) -> None:
     """Nobody waits for these any more, once all wait (control thread)."""
@@ -75,7 +80,21 @@ def serve(shard: Served, work: Connection) -> None:
       error = ""
 
 
-def _listen(holder: list[Served], control: Connection) -> None:
+class Speaker:
+  """The control connection's way out, which several threads share."""
+
+  def __init__(self, control: Connection) -> None:
+    self._control = control
+    self._lock = threading.Lock()
+
+  def say(self, message: Quiet | Found) -> None:
+    with self._lock:
+      self._control.send(message)
+
+
+def _listen(
+  holder: list[Served], control: Connection, speaker: Speaker
+) -> None:
   """Aborts what it is told to; ends with the supervisor."""
   while True:
     try:
@@ -87,10 +106,13 @@ def _listen(holder: list[Served], control: Connection) -> None:
     elif isinstance(told, Shut):
       if holder:
         holder[0].shut()
+    elif isinstance(told, Tell):
+      if holder:
+        getattr(holder[0], told.op)(**told.args)
     else:
       if holder:
         holder[0].abort(told.gone)
-      control.send(Quiet())
+      speaker.say(Quiet())
 
 
 def main(argv: list[str]) -> None:
@@ -109,7 +131,10 @@ def main(argv: list[str]) -> None:
 
   work, control = connect("work"), connect("control")
   holder: list[Served] = []
-  threading.Thread(target=_listen, args=(holder, control), daemon=True).start()
+  speaker = Speaker(control)
+  threading.Thread(
+    target=_listen, args=(holder, control, speaker), daemon=True
+  ).start()
   try:
     setup = work.recv()
     try:
@@ -118,6 +143,7 @@ def main(argv: list[str]) -> None:
       reason = "".join(traceback.format_exception(error))
       work.send(Reply(0, 0, None, reason))
       os._exit(1)
+    shard.say = speaker.say
     holder.append(shard)
     work.send(Reply(0, 0, shard.up))
     serve(shard, work)

@@ -1,18 +1,26 @@
 """What an attention rank (AW) holds, and its steps."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
-from resilient_moe.datapath.exchange import Exchange
 from resilient_moe.mesh.programs import InstanceShape
 from resilient_moe.runtime import rank_arrays
 
 Tree = dict[str, Any]
 Programs = Mapping[str, Any]  # name -> jax.stages.Compiled
 OnKV = Callable[[int, jax.Array], None]
+
+
+class ExpertsElsewhere(Protocol):
+  """What a step asks for its experts: `datapath.Exchange`."""
+
+  def run(
+    self, layer: int, h: np.ndarray, experts: np.ndarray, live: np.ndarray
+  ) -> np.ndarray:
+    """Each assignment's output, [N, k, D], unsummed; 0 where not `live`."""
 
 
 class Step(NamedTuple):
@@ -46,7 +54,7 @@ class AttentionRank:
     self._masked = self._put(masked)
 
   def step(
-    self, width: int, ints: np.ndarray, exchange: Exchange,
+    self, width: int, ints: np.ndarray, exchange: ExpertsElsewhere,
     on_kv: OnKV | None = None,
   ) -> Step:  # fmt: skip
     """Computes a step, waiting for the experts layer by layer.
@@ -96,11 +104,11 @@ class AttentionRank:
       self.shape, self._cache, program, row, kv, self.device
     )
 
-  def warm(self, exchange: Exchange) -> None:
-    """Runs every program once, on idle rows."""
+  def warm(self) -> None:
+    """Runs every program once, on idle rows, which no expert sees."""
     for width in self.shape.chunks():
       ints = rank_arrays.idle_batch(self.shape, 1, width)
-      self.commit(self.step(width, ints, exchange))
+      self.commit(self.step(width, ints, _Nobody()))
     self.wait()
 
   def wait(self) -> None:
@@ -113,6 +121,16 @@ class AttentionRank:
 
   def _put(self, array: Any) -> jax.Array:
     return jax.device_put(array, self.device)
+
+
+class _Nobody:
+  """The experts of idle rows."""
+
+  def run(
+    self, layer: int, h: np.ndarray, experts: np.ndarray, live: np.ndarray
+  ) -> np.ndarray:
+    del layer, live
+    return np.zeros((*experts.shape, h.shape[1]), h.dtype)
 
 
 def live_lanes(

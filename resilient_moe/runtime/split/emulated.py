@@ -10,6 +10,7 @@ from resilient_moe.datapath.routes import ExpertsUnreachable
 from resilient_moe.faults import LINK_KINDS, Fault
 from resilient_moe.mesh.executables import Source
 from resilient_moe.recovery import LinkLost, RanksLeaving, Role, Straggler
+from resilient_moe.recovery.actions import Move
 from resilient_moe.recovery.checks import request_ranks
 from resilient_moe.runtime.device_store import LostRankError
 from resilient_moe.runtime.emulated import EmulatedBackend
@@ -88,20 +89,22 @@ class SplitEmulated(EmulatedBackend):
   def run_once(self, mesh: Mesh, width: int) -> None:
     raise AssertionError(f"no program of width {width} belongs to mesh {mesh}")
 
+  def write_slot(self, move: Move, weights: dict[str, Any]) -> None:
+    self.store.write_slot(move.rank, move.slot, move.expert, weights)
+
   def launch(self, rank: int) -> int:
     view = self.facts.view
-    slots = [None] * view.slots_per_rank
-    dense = self.weights.dense
-    self.store.add(rank, dense, slots, Role(view.home[rank]))
+    empty = [-1] * view.slots_per_rank
+    self.store.add(rank, self.weights, empty, Role(view.home[rank]))
     self._processes[rank] = self._processes.get(rank, 0) + 1
-    return tree_bytes(dense)
+    return tree_bytes(self.weights.dense)
 
   def switch(self, rank: int, role: Role) -> None:
     """The rank gets what its new role needs; KV stays until it has moved."""
     if role == Role.ATTENTION:
       self.store.leave(rank, Role.EXPERT)
-    slots = [None] * self.facts.view.slots_per_rank
-    self.store.add(rank, self.weights.dense, slots, role)
+    empty = [-1] * self.facts.view.slots_per_rank
+    self.store.add(rank, self.weights, empty, role)
 
   def changed(self) -> None:
     """Who gave up attention and has nobody left gives up its KV; tables."""
@@ -117,6 +120,13 @@ class SplitEmulated(EmulatedBackend):
     self.store.push(routes_of(view, self._version, self._processes))
     if self.checkpointer is not None:
       self.checkpointer.ring = tuple(r for (r,) in self.domains())
+
+  def close(self) -> None:
+    """Ends the background work; what went over the links is recorded."""
+    traffic = self.store.traffic().values()
+    sent, back = np.array([(0, 0), *traffic]).sum(axis=0).tolist()
+    self.record("exchange", sent_bytes=sent, returned_bytes=back)
+    super().close()
 
   # -- faults
 

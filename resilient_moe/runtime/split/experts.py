@@ -19,15 +19,23 @@ class ExpertRank:
   def __init__(
     self, shape: InstanceShape, device: jax.Device,
     programs: Mapping[str, Any], slots: Sequence[Tree | None],
+    held: Sequence[int],
   ) -> None:  # fmt: skip
+    """`held`: the expert in each slot, whose weights are `slots`; -1: none."""
     self.shape = shape
     self.device = device
     self._programs = programs
     self._sizes = buckets(shape)
     self._experts = rank_arrays.put_experts(shape, slots, device)
+    # Parcels name experts, so that a table that is out of date can't make
+    # this rank compute with what a slot holds by now.
+    self._slot_of = np.full(shape.config.n_experts, -1, np.int32)
+    for slot, expert in enumerate(held):
+      if expert >= 0:
+        self._slot_of[expert] = slot
 
   def compute(
-    self, layer: int, rows: np.ndarray, token: np.ndarray, slot: np.ndarray
+    self, layer: int, rows: np.ndarray, token: np.ndarray, expert: np.ndarray
   ) -> np.ndarray:
     """Each assignment's expert output, [m, D], unsummed.
 
@@ -35,8 +43,15 @@ class ExpertRank:
       layer: the MoE layer.
       rows: [n, D] embeddings.
       token: [m] int32, the row of each assignment.
-      slot: [m] int32, its slot.
+      expert: [m] int32, its expert.
+
+    Raises:
+      LookupError: it isn't here, or not any more.
     """
+    slot = self._slot_of[expert]
+    if (slot < 0).any():
+      gone = sorted(set(np.asarray(expert)[slot < 0].tolist()))
+      raise LookupError(f"experts {gone} are not held here")
     most = self._sizes[-1]
     parts = [
       self._part(layer, rows, token[i : i + most], slot[i : i + most])
@@ -65,8 +80,10 @@ class ExpertRank:
     y = self._programs[f"experts{size}"](self._experts, *arrays)
     return np.asarray(y)[:m]
 
-  def write_slot(self, slot: int, weights: Tree) -> None:
+  def write_slot(self, slot: int, expert: int, weights: Tree) -> None:
     """One expert's weights ([L, ...] leaves) into a slot."""
+    self._slot_of[self._slot_of == slot] = -1
+    self._slot_of[expert] = slot
     self._experts = rank_arrays.write_slot(
       self._experts, self._programs["write_slot"], slot, weights, self.device
     )
@@ -82,8 +99,11 @@ class ExpertRank:
         (size, self.shape.config.d_model), self.shape.config.dtype
       )
       index = np.zeros(size, np.int32)
-      self.compute(0, rows, index, index)
-    self.write_slot(0, self.read_slot(0))
+      self._part(0, rows, index, index)
+    held = np.flatnonzero(self._slot_of == 0)
+    self.write_slot(0, int(held[0]) if len(held) else 0, self.read_slot(0))
+    if not len(held):
+      self._slot_of[0] = -1
     self.wait()
 
   def wait(self) -> None:

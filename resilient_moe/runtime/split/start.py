@@ -1,6 +1,6 @@
 """Builds an emulated engine whose attention and experts are apart."""
 
-import concurrent.futures
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
@@ -8,10 +8,6 @@ import jax
 import numpy as np
 
 from resilient_moe.mesh.executables import Executables
-from resilient_moe.mesh.split_programs import (
-  lower_attention_programs,
-  lower_expert_programs,
-)
 from resilient_moe.recovery import Role
 from resilient_moe.report import Recorder
 from resilient_moe.runtime.assemble import (
@@ -26,11 +22,10 @@ from resilient_moe.runtime.case import Case
 from resilient_moe.runtime.execute import canary
 from resilient_moe.runtime.readiness import Readiness
 from resilient_moe.runtime.split.emulated import SplitEmulated
+from resilient_moe.runtime.split.families import compile_families
 from resilient_moe.runtime.split.options import ExchangeOptions
 from resilient_moe.runtime.split.store import SplitStore
 from resilient_moe.runtime.weights import WeightTiers
-
-FAMILIES = (lower_attention_programs, lower_expert_programs)
 
 
 def assemble(
@@ -51,13 +46,14 @@ def assemble(
   stage.done("executables")
   options = ExchangeOptions(**case.exchange)
   store = SplitStore(
-    plans.shape, devices, executables, options.healing(), options.dedup
-  )
+    plans.shape, devices, executables,
+    # Nobody can push while a rank of this process waits for it.
+    dataclasses.replace(options.healing(), push_s=0.0), options.dedup,
+  )  # fmt: skip
   view = plans.view
   for rank in np.flatnonzero(view.alive()).tolist():
     held = view.slots[rank].tolist()
-    trees = [weights.expert(e) if e >= 0 else None for e in held]
-    store.add(rank, weights.dense, trees, Role(view.role[rank]))
+    store.add(rank, weights, held, Role(view.role[rank]))
   store.wait()
   stage.done("placing")
   if not plans.standing.host_weights:
@@ -73,14 +69,3 @@ def assemble(
   stage.done("first_step")
   return backend
 
-
-def compile_families(executables: Executables, device: jax.Device) -> None:
-  """Every program of both kinds of ranks is in the store, once for all."""
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    jobs = [
-      pool.submit(executables.compile_family, family, name, device)
-      for family in FAMILIES
-      for name in family(executables.shape, device)
-    ]
-    for job in jobs:
-      job.result()

@@ -14,15 +14,13 @@ from resilient_moe.datapath.exchange import Exchange, HealingLimits
 from resilient_moe.datapath.routes import ExpertRoutes, Routes
 from resilient_moe.mesh.executables import Executables, Source
 from resilient_moe.mesh.programs import InstanceShape
-from resilient_moe.mesh.split_programs import (
-  lower_attention_programs,
-  lower_expert_programs,
-)
 from resilient_moe.recovery import Role
 from resilient_moe.runtime.device_store import LostRankError
 from resilient_moe.runtime.split.attention import AttentionRank, Step
 from resilient_moe.runtime.split.experts import ExpertRank
+from resilient_moe.runtime.split.families import programs_of
 from resilient_moe.runtime.split.inline import Hook, InlineLinks
+from resilient_moe.runtime.weights import WeightTiers
 
 Tree = dict[str, Any]
 OnEvent = Callable[..., None]  # (name, attention rank, **facts)
@@ -53,20 +51,25 @@ class SplitStore:
   # -- contents of a rank
 
   def add(
-    self, rank: int, dense: Tree, slots: Sequence[Tree | None], role: Role
+    self, rank: int, weights: WeightTiers, held: Sequence[int], role: Role
   ) -> None:
-    """Fills a rank for its role; what it held for another is kept."""
+    """Fills a rank for its role; what it holds for another is kept.
+
+    `held`: the expert in each slot; -1: empty.
+    """
     device = self.devices[rank]
+    programs = programs_of(self.executables, role, device)
     if role == Role.ATTENTION:
-      programs = self.executables.programs(lower_attention_programs, device)
       self._attention[rank] = AttentionRank(
-        self.shape, device, programs, dense
+        self.shape, device, programs, weights.dense
       )
       if self._routes is not None:
         self._connect(rank)
     else:
-      programs = self.executables.programs(lower_expert_programs, device)
-      self._experts[rank] = ExpertRank(self.shape, device, programs, slots)
+      slots = [weights.expert(e) if e >= 0 else None for e in held]
+      self._experts[rank] = ExpertRank(
+        self.shape, device, programs, slots, held
+      )
 
   def lose(self, rank: int) -> None:
     """Deletes all that the rank held; any later use of it is an error."""
@@ -93,8 +96,10 @@ class SplitStore:
     """Whether it holds KV."""
     return rank in self._attention
 
-  def write_slot(self, rank: int, slot: int, weights: Tree) -> None:
-    self._check(self._experts, rank).write_slot(slot, weights)
+  def write_slot(
+    self, rank: int, slot: int, expert: int, weights: Tree
+  ) -> None:
+    self._check(self._experts, rank).write_slot(slot, expert, weights)
 
   def read_slot(self, rank: int, slot: int) -> Tree:
     return self._check(self._experts, rank).read_slot(slot)
@@ -114,8 +119,8 @@ class SplitStore:
     """Runs every program of every rank once."""
     for expert in self._experts.values():
       expert.warm()
-    for rank, attention in self._attention.items():
-      attention.warm(self._exchanges[rank][0])
+    for attention in self._attention.values():
+      attention.warm()
 
   # -- the routing tables and the steps
 

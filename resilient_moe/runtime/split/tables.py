@@ -15,6 +15,7 @@ def routes_of(
   """Who serves each expert, and who holds it as a shadow.
 
   `version` counts pushes: the table changes more often than the membership.
+  In the place of a slot stands the expert: its rank knows where it keeps it.
   """
   entries = view.table.entries
   members = expert_ranks(view)
@@ -24,7 +25,17 @@ def routes_of(
   ).astype(np.int32)
   standby = _shadows(view, serving, alive)
   known = {int(r): incarnations.get(int(r), 0) for r in alive}
-  return Routes(version, serving, standby, known, view.masked.copy())
+  return Routes(
+    version, _by_name(serving), _by_name(standby), known, view.masked.copy()
+  )
+
+
+def _by_name(entries: np.ndarray) -> np.ndarray:
+  """(rank, expert) for (rank, slot)."""
+  named = entries.copy()
+  named[:, :, 1] = np.arange(len(entries), dtype=np.int32)[:, None]
+  named[entries[:, :, 0] < 0] = -1
+  return named
 
 
 def _shadows(
