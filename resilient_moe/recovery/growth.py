@@ -50,13 +50,15 @@ def _reread(readable: ClusterView, actions: Actions) -> Actions:
   again = copies_from(readable, moves)
   if isinstance(again, str):
     return ()
-  return again + tuple(a for a in actions if a not in copies)
+  others = (a for a in actions if not isinstance(a, act.CopyExperts))
+  return again + tuple(others)
 
 
 def _coming(view: ClusterView) -> list[int]:
   """Launched ranks that are away, ascending."""
-  away = (Status.LOST, Status.LAUNCHING)
-  return [r for r in sorted(view.launched) if view.status[r] in away]
+  away = np.isin(view.status, (Status.LOST, Status.LAUNCHING))
+  launched = np.array(view.launched, np.int64)
+  return np.sort(launched[away[launched]]).tolist()
 
 
 def grow(view: ClusterView) -> Actions:

@@ -1,7 +1,7 @@
 """What the serve loop asks of a backend: three duties and a poll."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -28,6 +28,9 @@ class Stepwise:
       StepAborted: the step doesn't count; no state has changed.
     """
     raise NotImplementedError
+
+  def call_meanwhile(self, meanwhile: Callable[[], None]) -> None:
+    """Nobody else steps while an action is done."""
 
   def begin(self, batch: StepBatch) -> None:
     self._begun += (batch,)
@@ -85,6 +88,12 @@ class Backend(Protocol):
 
   def domains(self) -> tuple[tuple[int, ...], ...]:
     """Ranks that step together, and apart from the others, in mesh order."""
+
+  def call_meanwhile(self, meanwhile: Callable[[], None]) -> None:
+    """What to call again and again while an action is waited for.
+
+    It takes in steps that end, and begins the next ones of their domains.
+    """
 
   def begin(self, batch: StepBatch) -> None:
     """Starts a step of a domain; one at a time each."""

@@ -14,6 +14,7 @@ from resilient_moe.serving.recover import Record, Recovery
 from resilient_moe.serving.request import Request
 from resilient_moe.serving.scheduler import StepBatch, admit, complete, schedule
 from resilient_moe.serving.state import (
+  Current,
   SchedulerState,
   accept,
   with_ranks,
@@ -42,12 +43,20 @@ class Loop:
   """What one run of `serve` keeps between its steps."""
 
   recovery: Recovery
-  state: SchedulerState
+  current: Current
   number: int = 0  # of the next step
   retired: dict[Domain, tuple[str, ...]] = dataclasses.field(
     default_factory=dict
   )  # by domain: who has ended since its last step
   running: dict[Domain, "Running"] = dataclasses.field(default_factory=dict)
+
+  @property
+  def state(self) -> SchedulerState:
+    return self.current.state
+
+  @state.setter
+  def state(self, state: SchedulerState) -> None:
+    self.current.state = state
 
   def take_retired(self, domain: Domain) -> tuple[str, ...]:
     """Who has ended there, or in a domain that is no more."""
@@ -100,14 +109,24 @@ def serve(
   view = backend.view()
   ranks = request_ranks(view)
   state = with_ranks(SchedulerState(), ranks, view.rows_per_rank)
-  loop = Loop(Recovery(policy, backend, record), state, first_step)
+  current = Current(state)
+  recovery = Recovery(policy, backend, record, current)
+  loop = Loop(recovery, current, first_step)
+
+  def meanwhile() -> None:
+    _finish(loop, on_step, 0.0)
+    _begin(loop, chunk)
+
+  backend.call_meanwhile(meanwhile)
+  recovery.rehearse()
   while True:
     _receive(loop, intake)
-    loop.recovery.look()
-    loop.state = loop.recovery.turn(loop.state, loop.in_step())
+    recovery.look()
+    recovery.turn(loop.in_step())
     _begin(loop, chunk)
     if loop.running:
-      _finish(loop, on_step)
+      busy = recovery.resuming or recovery.pending
+      _finish(loop, on_step, 0.0 if busy else WAIT_S)
     elif not loop.recovery.resuming and not _idle(loop, intake):
       return
 
@@ -150,12 +169,10 @@ def _admit(loop: Loop) -> None:
 
 
 def _finish(
-  loop: Loop, on_step: Callable[[int, float], None] | None
+  loop: Loop, on_step: Callable[[int, float], None] | None, wait_s: float
 ) -> None:
-  """Takes in what steps have come to; waits if there is nothing else."""
-  recovery = loop.recovery
-  busy = recovery.resuming or recovery.pending
-  for batch, tokens in recovery.backend.finished(0.0 if busy else WAIT_S):
+  """Takes in what steps have come to; waits so long for the first."""
+  for batch, tokens in loop.recovery.backend.finished(wait_s):
     running = loop.running.pop(batch.mesh)
     if tokens is None:
       _failed(loop, batch)

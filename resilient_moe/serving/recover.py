@@ -29,9 +29,11 @@ from resilient_moe.recovery.policy import (
   RecoveryPolicy,
   recover_checked,
 )
+from resilient_moe.recovery.semantics import lose
 from resilient_moe.recovery.view import ClusterView, Status
 from resilient_moe.serving.backend import Backend, Outcome, Placed
 from resilient_moe.serving.state import (
+  Current,
   SchedulerState,
   drop,
   place,
@@ -67,6 +69,7 @@ class Recovery:
   policy: RecoveryPolicy
   backend: Backend
   record: Record
+  current: Current
   pending: collections.deque[Failure] = dataclasses.field(
     default_factory=collections.deque
   )
@@ -80,6 +83,7 @@ class Recovery:
   )
   repairing: bool = False
   waiting: bool = False  # for what the next action of the repair needs
+  at_hand: Action | None = None  # that is being carried out
 
   @property
   def resuming(self) -> bool:
@@ -93,11 +97,12 @@ class Recovery:
   def _moving(self) -> frozenset[str]:
     """Requests of the next action: none of them may be in a step."""
     parts = self.resume if self.resuming else self.repair
-    return frozenset(getattr(parts[0], "requests", ()) if parts else ())
+    action = self.at_hand or (parts[0] if parts else None)
+    return frozenset(getattr(action, "requests", ()))
 
-  def view(self, state: SchedulerState) -> ClusterView:
+  def view(self) -> ClusterView:
     """The world as a policy sees it."""
-    table = request_table(state, self.backend.checkpoints())
+    table = request_table(self.current.state, self.backend.checkpoints())
     return dataclasses.replace(self.backend.view(), requests=table)
 
   def look(self) -> None:
@@ -109,52 +114,59 @@ class Recovery:
       self.pending.extend(failures)
       self.plan, self.resume = None, collections.deque()
 
-  def turn(
-    self, state: SchedulerState, in_step: Collection[str]
-  ) -> SchedulerState:
+  def rehearse(self) -> None:
+    """Plans for the loss of the first and of the last rank, for nothing.
+
+    A policy's first plan costs three times as much as the next ones.
+    """
+    view = self.view()
+    for rank in {int(view.mesh[0]), int(view.mesh[-1])}:
+      self.policy.recover(lose(view, (rank,)), RanksLost((rank,)))
+
+  def turn(self, in_step: Collection[str]) -> None:
     """One bite: a plan, an action of it, or one of the repair.
 
     `in_step`: requests of steps that are under way; they aren't moved.
     """
     while self.pending and not self.resuming:
-      self._plan_for(state, _merge(self.pending))
+      self._plan_for(_merge(self.pending))
     if self._moving() & set(in_step):
-      return state
+      return
     if self.resuming:
-      return self._resume(state)
-    return self.repair_step(state) if self.repairing else state
+      self._resume()
+    elif self.repairing:
+      self._repair()
 
-  def _plan_for(self, state: SchedulerState, failure: Failure) -> None:
+  def _plan_for(self, failure: Failure) -> None:
     self._report(failure)
-    plan = self._ask(state, failure)
+    plan = self._ask(failure)
     if plan is not None:
       self.plan, self.done = plan, 0
       self.resume = collections.deque(ordered(plan.resume))
       self.repair = collections.deque(_fine(ordered(plan.repair)))
       self.repairing = True
 
-  def _resume(self, state: SchedulerState) -> SchedulerState:
+  def _resume(self) -> None:
     """The next action; or, behind the last, that service goes on."""
     if self.resume:
       self.done += 1
-      return self._carry_out("resume", self.resume.popleft(), state)
+      self._carry_out("resume", self.resume.popleft())
+      return
     assert self.plan is not None
     epoch = self.backend.view().epoch
     self.record("resumed", epoch=epoch, paused=list(self.plan.paused))
     self.plan = None
-    return state
 
-  def repair_step(self, state: SchedulerState) -> SchedulerState:
+  def _repair(self) -> None:
     """One action of the repair, behind traffic, if it can be done at once."""
     if self.repair:
       self.waiting = not self.backend.ready_for(self.repair[0])
       if self.waiting:
-        return state
-      state = self._carry_out("repair", self.repair.popleft(), state)
-    if self.repairing and not self.repair:
+        return
+      self._carry_out("repair", self.repair.popleft())
+    if not self.repair:
       self.repairing = False
       self.record("redundancy", full=True, epoch=self.backend.view().epoch)
-    return state
 
   def _report(self, failure: Failure) -> None:
     named = getattr(failure, "ranks", None) or (failure.rank,)  # type: ignore
@@ -163,9 +175,9 @@ class Recovery:
       epoch=self.backend.view().epoch,
     )  # fmt: skip
 
-  def _ask(self, state: SchedulerState, failure: Failure) -> Plan | None:
+  def _ask(self, failure: Failure) -> Plan | None:
     start = time.monotonic()
-    view = self.view(state)
+    view = self.view()
     plan = recover_checked(self.policy, view, failure)
     name = self.policy.name
     if isinstance(plan, Infeasible):
@@ -184,81 +196,90 @@ class Recovery:
     )  # fmt: skip
     return plan
 
-  def _carry_out(
-    self, part: str, action: Action, state: SchedulerState
-  ) -> SchedulerState:
+  def _carry_out(self, part: str, action: Action) -> None:
     start = time.monotonic()
-    state, outcome = carry_out(action, state, self.backend, self.record)
+    self.at_hand = action
+    try:
+      outcome = carry_out(action, self.current, self.backend, self.record)
+    finally:
+      self.at_hand = None
     self.record(
       "action", part=part, name=type(action).__name__,
       explain=explain(action), seconds=time.monotonic() - start,
       bytes=outcome.nbytes, tier=outcome.tier, outcome=outcome.detail,
     )  # fmt: skip
-    return state
 
 
 def carry_out(
-  action: Action, state: SchedulerState, backend: Backend, record: Record
-) -> tuple[SchedulerState, Outcome]:
-  """Does one action on the backend and on the scheduler's state."""
+  action: Action, current: Current, backend: Backend, record: Record
+) -> Outcome:
+  """Does one action on the backend and on the scheduler's state.
+
+  Steps that end while the backend is at it go into `current` as well; none of
+  them has a request that is moved.
+  """
   if isinstance(action, RestartInstance):
-    raise EngineRestart(action, state)
+    raise EngineRestart(action, current.state)
   if isinstance(action, RestoreKV | RecomputePrefix):
-    return _place(action, state, backend, record)
+    return _place(action, current, backend, record)
   if isinstance(action, Requeue):
-    state = unplace(state, action.requests)
-    _moved(record, "requeue", action.requests, 0, 0)
-    return state, Outcome(f"{len(action.requests)} requests")
+    current.state = unplace(current.state, action.requests)
+    _moved(record, "requeue", action.requests, ())
+    return Outcome(f"{len(action.requests)} requests")
   if isinstance(action, FailRequests):
     for name in action.requests:
       record("failed", request_id=name, reason="rank lost")
-    state = drop(state, action.requests)
-    return state, Outcome(f"{len(action.requests)} requests")
+    current.state = drop(current.state, action.requests)
+    return Outcome(f"{len(action.requests)} requests")
   outcome = backend.execute(action, ())
   view = backend.view()
   lost = np.flatnonzero(view.status == Status.LOST)
   ranks = request_ranks(view)
-  state = with_ranks(state, ranks, view.rows_per_rank, lost.tolist())
-  return state, outcome
+  current.state = with_ranks(
+    current.state, ranks, view.rows_per_rank, lost.tolist()
+  )
+  return outcome
 
 
 def _place(
   action: RestoreKV | RecomputePrefix,
-  state: SchedulerState,
+  current: Current,
   backend: Backend,
   record: Record,
-) -> tuple[SchedulerState, Outcome]:
+) -> Outcome:
   """Requests into rows of their new ranks, with the KV that can be had."""
-  before = {n: state.sequences[n] for n in action.requests}
+  before = {n: current.state.sequences[n] for n in action.requests}
   for name, rank in zip(action.requests, action.to, strict=True):
-    state = place(state, name, rank, 0)
+    current.state = place(current.state, name, rank, 0)
+  after = {n: current.state.sequences[n] for n in action.requests}
   placed = tuple(
     Placed(
-      n, before[n].rank, before[n].row, state.sequences[n].rank,
-      state.sequences[n].row, before[n].computed,
+      n, before[n].rank, before[n].row, after[n].rank, after[n].row,
+      before[n].computed,
     )
     for n in action.requests
   )  # fmt: skip
   outcome = backend.execute(action, placed)
-  sequences = dict(state.sequences)
-  for name in action.requests:
-    held = min(outcome.restored.get(name, 0), sequences[name].known - 1)
-    sequences[name] = dataclasses.replace(sequences[name], computed=held)
-  state = dataclasses.replace(state, sequences=sequences)
-  again = sum(
-    sequences[n].known - 1 - sequences[n].computed for n in action.requests
+  again = 0
+  for name, s in after.items():
+    held = min(outcome.restored.get(name, 0), s.known - 1)
+    after[name] = dataclasses.replace(s, computed=held)
+    again += s.known - 1 - held
+  current.state = dataclasses.replace(
+    current.state, sequences={**current.state.sequences, **after}
   )
   kind = "restore" if isinstance(action, RestoreKV) else "recompute"
-  _moved(record, kind, action.requests, again, outcome.nbytes)
-  return state, outcome
+  _moved(record, kind, action.requests, action.to, again, outcome.nbytes)
+  return outcome
 
 
 def _moved(
-  record: Record, kind: str, names: tuple[str, ...], tokens: int, nbytes: int
-) -> None:
+  record: Record, kind: str, names: tuple[str, ...], to: tuple[int, ...],
+  tokens: int = 0, nbytes: int = 0,
+) -> None:  # fmt: skip
   record(
-    "requests_moved", kind=kind, request_ids=list(names), tokens=tokens,
-    bytes=nbytes,
+    "requests_moved", kind=kind, request_ids=list(names), to=list(to),
+    tokens=tokens, bytes=nbytes,
   )  # fmt: skip
 
 

@@ -30,6 +30,13 @@ class SchedulerState:
     return sorted(waiting, key=lambda s: s.order)
 
 
+@dataclasses.dataclass
+class Current:
+  """The state that counts now: steps may end while an action is waited for."""
+
+  state: SchedulerState
+
+
 def with_ranks(
   state: SchedulerState,
   mesh: Iterable[int],

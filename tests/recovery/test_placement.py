@@ -194,14 +194,24 @@ def opcodes(policy, view, failure):
   return count
 
 
-@pytest.mark.parametrize("name", ["mesh_shrink", "kv_restore", "mask_experts"])
-def test_planning_work_does_not_grow_with_ranks(name):
-  policy, failure = rm.load(name), rm.RanksLost((77,))
-  work = []
+@pytest.mark.parametrize("attention", [0, 0.4])
+@pytest.mark.parametrize(
+  "name", ["mesh_shrink", "kv_restore", "mask_experts", "tarragon"]
+)
+def test_planning_work_does_not_grow_with_ranks(name, attention):
+  policy = rm.load(name, replace=True)
+  if not attention and "collocated" not in policy.deployments:
+    return
+  work: dict[int, list[int]] = {}
   for ranks in (1_280, 10_240):
-    view = rm.lose(rm.big_view(ranks, n_requests=500), (77,))
-    work.append(opcodes(policy, view, failure))
-  assert work[1] < 1.2 * work[0], f"{work}: a Python loop over the ranks"
+    attend = int(attention * ranks)
+    full = rm.big_view(ranks, n_requests=500, attention=attend)
+    for lost in {77, attend + 77}:
+      failure = rm.RanksLost((lost,))
+      view = rm.lose(full, (lost,))
+      work.setdefault(lost == 77, []).append(opcodes(policy, view, failure))
+  for few, many in work.values():
+    assert many < 1.2 * few, f"{work}: a Python loop over the ranks"
 
 
 @pytest.mark.parametrize("slots", [1, 2])
@@ -209,3 +219,9 @@ def test_the_big_view_can_be_served(slots):
   view = rm.big_view(1_024, slots_per_rank=slots, n_requests=100)
   assert rm.servable(view) is None
   assert (view.table.copies() >= 2).all()
+  apart = rm.big_view(
+    1_024, slots_per_rank=slots, n_requests=100, attention=300
+  )
+  assert rm.servable(apart) is None
+  assert (apart.slots[:300] == -1).all()
+  assert apart.requests.rank.max() < 300

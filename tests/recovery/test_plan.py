@@ -245,3 +245,41 @@ def test_paused_requests_must_exist():
   plan = dataclasses.replace(good_plan(view), paused=("nobody",))
   with pytest.raises(rm.IllegalPlan, match="paused request 'nobody'"):
     rm.check(plan, view)
+
+
+def apart():
+  """A view in which rank 1 has left attention for experts, and can go back."""
+  view = cases.start("role_switch", "2+4x8")
+  return rm.advance_all(
+    view,
+    [
+      rm.SwitchRole(1, rm.Role.EXPERT),
+      rm.Requeue(tuple(view.requests.request_id)),
+    ],
+  )
+
+
+def test_copies_wait_for_the_rank_that_becomes_an_expert_rank():
+  copy = rm.CopyExperts((rm.Move(0, 1, 0),), rm.Tier.HOST)
+  switch = rm.SwitchRole(1, rm.Role.EXPERT)
+  mesh = rm.RebuildMesh((0, 1, 3, 4, 5))
+  route = rm.RemapExperts(cases.start("role_switch", "2+4x8").table)
+  assert rm.ordered((route, copy, mesh, switch)) == (switch, copy, mesh, route)
+
+
+def test_who_attends_again_gives_its_experts_away_first():
+  view = apart()
+  read = rm.CopyExperts((rm.Move(0, 1, 0, 2),), rm.Tier.PEER)
+  view = rm.advance(view, read)
+  view = rm.advance(view, rm.Fence((2,)))
+  view = rm.advance(view, rm.RebuildMesh((0, 1, 3, 4, 5)))
+  back = rm.SwitchRole(1, rm.Role.ATTENTION)
+  away = rm.CopyExperts((rm.Move(0, 3, 0, 1),), rm.Tier.PEER)
+  moved = rm.advance(view, away)
+  route = rm.RemapExperts(rm.retable(moved))
+  restore = rm.RecomputePrefix(("r0000",), (1,))
+  steps = rm.ordered((restore, back, route, away))
+  assert steps == (away, route, back, restore)
+  after = rm.advance_all(view, steps)
+  assert (after.slots[1] == -1).all()
+  assert cases.held(after, 0) == {3}

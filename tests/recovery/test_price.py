@@ -97,3 +97,16 @@ def test_one_line_explains_a_plan():
     "without 3; copy 2 experts from host: 6->0.2, 7->1.2; route 16 experts "
     "to 16 slots; prefill again 2 requests: r0003->0, r0011->1"
   )
+
+
+def test_apart_no_mesh_has_programs_to_pay():
+  gone = cases.serving(rm.load("restart_cached"), "3+5x16")
+  gone = rm.advance(rm.lose(gone, (3,)), rm.RebuildMesh((0, 1, 2, 4, 5, 6, 7)))
+  launched = rm.advance(gone, rm.LaunchRank(3))
+  assert rm.price(rm.Rejoin(3), launched, HW).seconds == HW.mesh_s
+  ranks = tuple(gone.mesh.tolist())
+  cold, stored = (
+    rm.price(rm.RestartInstance(ranks, cache), gone, HW).seconds
+    for cache in (False, True)
+  )
+  assert cold - stored == pytest.approx(HW.compile_s - HW.load_executable_s)

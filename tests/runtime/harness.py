@@ -34,7 +34,7 @@ from resilient_moe.runtime.emulated import EmulatedBackend
 from resilient_moe.serving import recover
 from resilient_moe.serving.recover import EngineRestart
 from resilient_moe.serving.request import Request
-from resilient_moe.serving.state import SchedulerState
+from resilient_moe.serving.state import Current, SchedulerState
 from tests.runtime.drive import Driver
 from tests.runtime.intake import ListIntake
 from tests.runtime.watch import world
@@ -274,9 +274,11 @@ class Plan:
   def do(self, *actions: rm.Action) -> list[str]:
     outcomes = []
     for action in actions:
-      self.driver.state, outcome = recover.carry_out(
-        action, self.driver.state, self.driver.backend, nobody
+      current = Current(self.driver.state)
+      outcome = recover.carry_out(
+        action, current, self.driver.backend, nobody
       )
+      self.driver.state = current.state
       outcomes.append(outcome.detail)
     return outcomes
 

@@ -9,7 +9,11 @@ import pytest
 from resilient_moe import recovery as rm
 from resilient_moe.serving import recover
 from resilient_moe.serving.backend import Backend, Outcome
-from resilient_moe.serving.state import SchedulerState, request_table
+from resilient_moe.serving.state import (
+  Current,
+  SchedulerState,
+  request_table,
+)
 
 
 def world(backend: Backend, state: SchedulerState) -> rm.ClusterView:
@@ -46,14 +50,14 @@ class Watch:
     monkeypatch.setattr(recover, "carry_out", self._watched)
 
   def _watched(
-    self, action: rm.Action, state: SchedulerState, backend: Backend,
+    self, action: rm.Action, current: Current, backend: Backend,
     record: recover.Record,
-  ) -> tuple[SchedulerState, Outcome]:  # fmt: skip
+  ) -> Outcome:  # fmt: skip
     name = type(action).__name__
     self.seen.append(name)
-    before = world(backend, state)
-    state, outcome = self._carry_out(action, state, backend, record)
+    before = world(backend, current.state)
+    outcome = self._carry_out(action, current, backend, record)
     said = rm.advance(before, action)
-    found = differences(world(backend, state), said)
+    found = differences(world(backend, current.state), said)
     self.wrong += [f"after {name}: {line}" for line in found]
-    return state, outcome
+    return outcome

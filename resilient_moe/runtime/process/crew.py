@@ -69,6 +69,9 @@ class Crew:
     self.epoch = 0
     self._record = record
     self._before_wait = before_wait
+    # Called while a call waits: steps that were asked for may end meanwhile.
+    self.meanwhile: Callable[[], None] = _nothing
+    self._calling: set[int] = set()  # ranks of the call under way
     self._door = Door((cluster.host, cluster.port), self.authkey)
     self._mates: dict[int, Mate] = {}
     self._setups: dict[int, Setup | SplitSetup] = {}
@@ -189,6 +192,8 @@ class Crew:
     start = time.monotonic()
     limit = start + HANG_S
     while waiting:
+      self._calling = waiting
+      self.meanwhile()
       known = len(self._lost)
       for rank in self._ready(waiting):
         self._hear(rank, number, waiting, answers)
@@ -199,6 +204,7 @@ class Crew:
         limit = now + (RETURN_S if members in self._ran else CONNECT_S)
       if now > limit:
         self._give_up(tuple(waiting), waiting)
+    self._calling = set()
     answers.lost = tuple(r for r in each if r not in self._mates)
     if not (answers.lost or answers.errors):
       self._ran.add(members)
@@ -212,7 +218,8 @@ class Crew:
 
   def answered(self, wait_s: float) -> list[tuple[int, Reply | None]]:
     """(rank, what it said to `ask`); None: it is gone. Waits for the first."""
-    for rank in self._ready(set(self._asked), wait_s):
+    # Who is called may answer that first: the call will hear it.
+    for rank in self._ready(set(self._asked) - self._calling, wait_s):
       self._hear(rank, -1, set(), Answers({}, {}, ()))
     now = time.monotonic()
     for rank, (_, since) in list(self._asked.items()):
@@ -411,3 +418,7 @@ class Crew:
     for mate in [*here, *self._dying]:
       if mate.process is not None:
         mate.process.wait()
+
+
+def _nothing() -> None:
+  pass

@@ -7,6 +7,7 @@ loss of an expert worker before they hear of it from here.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from resilient_moe.runtime.instance import packed
 from resilient_moe.runtime.process.backend import ProcessBackend
 from resilient_moe.runtime.process.wire import Found, Peer, Reply
 from resilient_moe.runtime.split.tables import routes_of
-from resilient_moe.serving.backend import Stepped
+from resilient_moe.serving.backend import Outcome, Placed, Stepped
 from resilient_moe.serving.scheduler import StepBatch
 
 LATE_S = 2.0  # for a fault inside a step to find its place
@@ -35,6 +36,7 @@ class SplitProcess(ProcessBackend):
     self._running: dict[int, tuple[StepBatch, float]] = {}
     self._inside: dict[int, tuple[Fault, float]] = {}  # rank -> since
     self._mended: list[tuple[float, Fault]] = []  # links, when
+    self._meanwhile: Callable[[], None] = _nothing
     super().__init__(*parts)
 
   def domains(self) -> tuple[Mesh, ...]:
@@ -48,6 +50,17 @@ class SplitProcess(ProcessBackend):
     self.kv.ring(self._attending())
 
   # -- steps
+
+  def call_meanwhile(self, meanwhile: Callable[[], None]) -> None:
+    self._meanwhile = meanwhile
+
+  def execute(self, action: Action, placed: tuple[Placed, ...]) -> Outcome:
+    """An action may take a while: who isn't concerned goes on stepping."""
+    self.crew.meanwhile = self._meanwhile
+    try:
+      return super().execute(action, placed)
+    finally:
+      self.crew.meanwhile = _nothing
 
   def begin(self, batch: StepBatch) -> None:
     (rank,) = batch.mesh
@@ -254,3 +267,7 @@ class SplitProcess(ProcessBackend):
     """Links between attention and expert workers."""
     experts = len(expert_ranks(self.facts.view))
     return {"connections": len(self._attending()) * experts}
+
+
+def _nothing() -> None:
+  pass
