@@ -77,8 +77,8 @@ class Running(NamedTuple):
 
   @property
   def requests(self) -> list[str]:
-    parts = (*self.batch.rows, *self.batch.chunks)
-    return [part.request_id for part in parts]
+    rows, chunks = self.batch.rows, self.batch.chunks
+    return [r.request_id for r in rows] + [c.request_id for c in chunks]
 
 
 def serve(

@@ -18,7 +18,7 @@ from resilient_moe.recovery import LinkLost, Role, Straggler
 from resilient_moe.recovery.actions import Action, CopyExperts, Rejoin
 from resilient_moe.recovery.checks import expert_ranks, request_ranks
 from resilient_moe.runtime.execute import Mesh
-from resilient_moe.runtime.instance import packed
+from resilient_moe.runtime.instance import Memory, packed
 from resilient_moe.runtime.process.backend import ProcessBackend
 from resilient_moe.runtime.process.wire import Found, Peer, Reply
 from resilient_moe.runtime.split.tables import routes_of
@@ -256,12 +256,19 @@ class SplitProcess(ProcessBackend):
   def close(self) -> None:
     """Ends every process; what went over the links is recorded."""
     try:
-      calls: dict[int, dict] = {r: {} for r in self._attending()}
+      calls: dict[int, dict] = {r: {} for r in self.crew.up_ranks()}
       said = self.crew.call(calls, "traffic").values.values()
       sent, back = np.array([(0, 0), *said]).sum(axis=0).tolist()
       self.record("exchange", sent_bytes=sent, returned_bytes=back)
     finally:
       super().close()
+
+  def memory(self) -> Memory:
+    """KV is copied of those who attend only."""
+    memory = super().memory()
+    attend = len(self._attending()) / max(memory.present, 1)
+    copied = round(memory.checkpoint_bytes * attend)
+    return memory._replace(checkpoint_bytes=copied)
 
   def held_open(self) -> dict[str, int]:
     """Links between attention and expert workers."""

@@ -277,7 +277,11 @@ class SplitShard:
     return self._attending.settled() if self._attending is not None else 0
 
   def traffic(self) -> tuple[int, int]:
-    """Bytes of embeddings sent to expert workers, and got back."""
+    """Bytes of embeddings sent to expert workers, and got back.
+
+    Asked at the end: what is left of the spans is written, too.
+    """
+    self.spans.flush()
     if self._attending is None:
       return 0, 0
     return self._attending.traffic()
