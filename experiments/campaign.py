@@ -3,32 +3,33 @@
   python -m experiments.campaign --config=configs/campaign.py --workdir=DIR
 
 The command line and the config are those of `experiments.run`; the fault-free
-twin is run once a seed. An interrupted campaign goes on when the same command
-is given again. DIR then holds, besides each run's own folder, `campaign.csv`
-(a line for each case), `campaign.md` and `campaign.tex` (a row for each
-policy).
+twin is run once a seed. A config may have parts, over several deployments say
+(`parts.py`). An interrupted campaign goes on when the same command is given
+again. DIR then holds, besides each run's own folder, `campaign.csv` (a line for
+each case), `campaign.md` and `campaign.tex` (a row for each policy).
 
   --config.only=SCENARIO/POLICY/seedN
 
-runs this one case again, and its twin if need be, and writes no table. The
-command that does so in a folder of its own is printed for every case that is
-not valid, and stands in `campaign.csv` for all.
+runs this one case again, and its twin if need be, and writes no table; of a
+config with parts, PART/SCENARIO/POLICY/seedN. The command that does so in a
+folder of its own is printed for every case that is not valid, and stands in
+`campaign.csv` for all.
 
 Exit status: 0; 1 where a run failed or its history doesn't check; 2 for bad
 input (one line on stderr, nothing written); 130 when interrupted.
 """
 
-import dataclasses
 import functools
 import json
 import pathlib
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from experiments import campaign_table, cases, run, settings, sweep
+from experiments import campaign_table, cases, parts, run, sweep
+from experiments.parts import REPEATS, Part
 from experiments.progress import Progress
 from experiments.provenance import provenance
 from resilient_moe import report
@@ -36,7 +37,6 @@ from resilient_moe.report.runs import write_text
 from resilient_moe.runtime.gateway import run_case
 
 MODULE = "experiments.campaign"
-REPEATS = "repeat"  # folder in the work directory for cases that are repeated
 
 
 def launch(argv: Sequence[str]) -> int:
@@ -46,22 +46,22 @@ def launch(argv: Sequence[str]) -> int:
     return 0
   try:
     asked = run.parse(argv)
-    chosen = dataclasses.replace(settings.read(asked.config), shared_twin=True)
-    jobs = cases.jobs(chosen)
-    todo = _todo(asked.workdir, chosen, jobs)
-    if todo or not asked.workdir.is_dir():
-      origin = provenance(MODULE, argv, chosen.runtime, chosen.ranks)
-      sweep.start(asked.workdir, chosen, origin)
+    found = parts.read(asked.config, asked.workdir)
+    for part in found:
+      if part.todo or not part.workdir.is_dir():
+        chosen = part.chosen
+        origin = provenance(MODULE, argv, chosen.runtime, chosen.ranks)
+        sweep.start(part.workdir, chosen, origin)
   except ValueError as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return run.BAD_INPUT
-  print(_announcement(chosen, jobs, todo))
+  print(_announcement(found))
   try:
-    _run_all(asked.workdir, todo)
+    _run_all(found)
   except KeyboardInterrupt:
     print("\ninterrupted; the same command goes on from here", file=sys.stderr)
     return run.INTERRUPTED
-  return _conclude(asked.workdir, chosen, jobs, argv)
+  return _conclude(asked.workdir, found, argv)
 
 
 def repeat_command(
@@ -80,54 +80,50 @@ def repeat_command(
   return shlex.join(["python", "-m", MODULE, *kept])
 
 
-def _todo(
-  workdir: pathlib.Path,
-  chosen: settings.Settings,
-  jobs: Sequence[cases.Job],
-) -> list[cases.Job]:
-  """What is not finished; the only case is run again, finished or not."""
-  open_places = {job.place for job in sweep.pending(workdir, chosen, jobs)}
-  return [
-    job
-    for job in jobs
-    if job.place in open_places or str(job.place) == chosen.only
-  ]
-
-
-def _announcement(
-  chosen: settings.Settings,
-  jobs: Sequence[cases.Job],
-  todo: Sequence[cases.Job],
-) -> str:
+def _announcement(found: Sequence[Part]) -> str:
   """What is to be run, and how many processes it plans to kill."""
+  jobs = [job for part in found for job in part.jobs]
   judged = _judged(jobs)
-  planned = sum(campaign_table.planned_kills(job.case.faults) for job in judged)
   seeds = {job.case.seed for job in jobs}
+  done = len(jobs) - sum(len(part.todo) for part in found)
   return (
     f"campaign: {len(judged)} cases and {len(jobs) - len(judged)} fault-free"
-    f" runs over {len(seeds)} seeds, {planned} kills planned,"
-    f" runtime {chosen.runtime}, {chosen.ranks} ranks;"
-    f" {len(jobs) - len(todo)} done before"
+    f" runs over {len(seeds)} seeds, {_planned(jobs)} kills planned,"
+    f" {'; '.join(dict.fromkeys(map(_where, found)))}; {done} done before"
   )
 
 
-def _judged(jobs: Sequence[cases.Job]) -> list[cases.Job]:
+def _where(part: Part) -> str:
+  """What serves."""
+  chosen = part.chosen
+  text = f"runtime {chosen.runtime}, {chosen.ranks} ranks"
+  # All cases of a part have the same.
+  attention = part.jobs[0].case.attention
+  return f"{text}, {attention} of them attention" if attention else text
+
+
+def _planned(jobs: Iterable[cases.Job]) -> int:
+  """Kills."""
+  return sum(campaign_table.planned_kills(job.case.faults) for job in jobs)
+
+
+def _judged(jobs: Iterable[cases.Job]) -> list[cases.Job]:
   """The cases of the table: all but the twins."""
   return [job for job in jobs if job.case.policy != cases.TWIN]
 
 
-def _run_all(workdir: pathlib.Path, todo: Sequence[cases.Job]) -> None:
+def _run_all(found: Sequence[Part]) -> None:
   """Runs the jobs that are to do, one after another."""
   pace = Pace()
-  for number, job in enumerate(todo):
+  todo = [(part, job) for part in found for job in part.todo]
+  for number, (part, job) in enumerate(todo):
     case = job.case
-    title = (
-      f"[{number + 1}/{len(todo)}{pace.left(todo[number:])}]"
-      f" {case.policy}, {case.scenario}, seed {case.seed}"
-    )
-    progress = Progress(title)
+    left = pace.left([job for _, job in todo[number:]])
+    names = [part.name] if part.name else []
+    names += [case.policy, case.scenario, f"seed {case.seed}"]
+    progress = Progress(f"[{number + 1}/{len(todo)}{left}] {', '.join(names)}")
     start_s = pace.clock()
-    progress.close(sweep.run(job, workdir, run_case, progress))
+    progress.close(sweep.run(job, part.workdir, run_case, progress))
     pace.took(case.policy, pace.clock() - start_s)
 
 
@@ -159,48 +155,50 @@ class Pace:
 
 
 def _conclude(
-  workdir: pathlib.Path,
-  chosen: settings.Settings,
-  jobs: Sequence[cases.Job],
-  argv: Sequence[str],
+  workdir: pathlib.Path, found: Sequence[Part], argv: Sequence[str]
 ) -> int:
   """Writes and prints the tables; the exit status."""
-  lines = _lines(workdir, jobs, argv)
-  shown = campaign_table.to_markdown(lines, _origin(workdir, chosen, jobs))
+
+  def again(part: Part, job: cases.Job) -> str:
+    return repeat_command(argv, workdir, part.place(job))
+
+  lines = [line for part in found for line in _lines(part, again)]
+  shown = campaign_table.to_markdown(lines, _origin(found))
   print(f"\n{shown}")
-  if not chosen.only:
+  if not found[0].chosen.only:
     write_text(workdir / "campaign.csv", campaign_table.to_csv(lines))
     write_text(workdir / "campaign.md", shown)
     write_text(workdir / "campaign.tex", campaign_table.to_latex(lines))
     print(f"In {workdir}: campaign.md, campaign.csv, campaign.tex;")
   print(f"each run's history.jsonl and verdict.json in {workdir}/")
-  print("  SCENARIO/POLICY/seedN/")
+  print(f"  {'PART/' if found[0].name else ''}SCENARIO/POLICY/seedN/")
   failed = not all(line.valid for line in lines)
-  for job in jobs:
-    for problem in sweep.complaints(workdir, [job]):
+  for part, job in [(each, job) for each in found for job in each.jobs]:
+    for problem in sweep.complaints(part.workdir, [job]):
       failed = True
-      print(f"error: {problem}", file=sys.stderr)
-      command = repeat_command(argv, workdir, job.place)
-      print(f"  to repeat: {command}", file=sys.stderr)
+      name = f"{part.name}/" if part.name else ""
+      print(f"error: {name}{problem}", file=sys.stderr)
+      print(f"  to repeat: {again(part, job)}", file=sys.stderr)
   return run.FAILED if failed else 0
 
 
 def _lines(
-  workdir: pathlib.Path, jobs: Sequence[cases.Job], argv: Sequence[str]
+  part: Part, again: Callable[[Part, cases.Job], str]
 ) -> list[campaign_table.Line]:
   """Every case, measured from its history and that of its twin."""
   of_twin = functools.cache(_of_twin)
   lines = []
-  for job in _judged(jobs):
-    folder = workdir / job.place
-    twin = of_twin(sweep.twin_folder(workdir, job.twin_place))
+  for job in _judged(part.jobs):
+    folder = part.workdir / job.place
+    twin = of_twin(sweep.twin_folder(part.workdir, job.twin_place))
     events, verdict = sweep.events_of(folder) or [], sweep.verdict_of(folder)
-    command = repeat_command(argv, workdir, job.place)
+    command = again(part, job)
     try:
       line = campaign_table.line_of(job.case, events, twin, verdict, command)
     except (LookupError, TypeError, ValueError) as error:
       # One odd history must not cost the table of a long campaign.
-      print(f"error: {job.place} can't be measured: {error}", file=sys.stderr)
+      place = part.place(job)
+      print(f"error: {place} can't be measured: {error}", file=sys.stderr)
       unknown = {"overall": "unknown", "error": str(error)}
       line = campaign_table.line_of(job.case, [], twin, unknown, command)
     lines.append(line)
@@ -214,14 +212,14 @@ def _of_twin(folder: pathlib.Path) -> list[report.Event] | None:
   return sweep.events_of(folder)
 
 
-def _origin(
-  workdir: pathlib.Path,
-  chosen: settings.Settings,
-  jobs: Sequence[cases.Job],
-) -> list[str]:
+def _origin(found: Sequence[Part]) -> list[str]:
   """What the numbers were measured on, in sentences; all starts count."""
-  found = json.loads((workdir / "provenance.json").read_text("utf-8"))
-  starts: list[dict[str, Any]] = [*found.get("earlier", []), found]
+  starts: list[dict[str, Any]] = []
+  for part in found:
+    file = part.workdir / "provenance.json"
+    last = json.loads(file.read_text("utf-8"))
+    starts += [*last.get("earlier", []), last]
+  starts.sort(key=lambda start: str(start["date"]))
   commits = dict.fromkeys(
     f"{start['commit']}{' (changed)' if start['dirty'] else ''}"
     for start in starts
@@ -231,12 +229,13 @@ def _origin(
     f" {start['platform']}"
     for start in starts
   )
-  planned = sum(campaign_table.planned_kills(job.case.faults) for job in jobs)
+  where = "; ".join(dict.fromkeys(map(_where, found)))
+  planned = _planned(job for part in found for job in part.jobs)
   return [
-    f"Runtime {chosen.runtime}, {chosen.ranks} ranks, {planned} kills planned.",
+    f"{where[0].upper()}{where[1:]}, {planned} kills planned.",
     f"Measured on {'; and on '.join(places)}.",
-    f"Commit {', '.join(commits)}; jax {found['versions']['jax']};"
-    f" {starts[0]['date']} to {found['date']} (starts: {len(starts)}).",
+    f"Commit {', '.join(commits)}; jax {starts[-1]['versions']['jax']};"
+    f" {starts[0]['date']} to {starts[-1]['date']} (starts: {len(starts)}).",
   ]
 
 

@@ -13,21 +13,18 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from experiments import campaign_faults
+from experiments.campaign_faults import STRIKING, TIMES, Numbers
 from resilient_moe import report
 from resilient_moe.faults import RANKLESS_KINDS, Fault
 from resilient_moe.report import exactness
 from resilient_moe.report.history import of_kind
 from resilient_moe.report.latency import percentiles
 from resilient_moe.report.latex import escape, heading
-from resilient_moe.report.metrics import NO_DETECTION
 from resilient_moe.report.table import grid, short
 from resilient_moe.runtime.case import Case
 
-# What takes ranks out of service; a warning is no failure to be detected.
-STRIKING = ("rank_lost", "rank_stuck")
-TIMES = ("detect_s", "resume_s", "redundancy_s")
 EVERYTHING = "all"
-Seconds = tuple[float | None, ...]  # a fault each; None: not reached
 
 NOTES = """\
 Seconds, over all faults that took or stopped ranks (p50 and p99): detect: the
@@ -47,6 +44,7 @@ class Line:
   scenario: str
   policy: str
   seed: int
+  deployment: str
   faults: int
   kills: int
   recovered: bool
@@ -55,9 +53,13 @@ class Line:
   changed_tokens: int | None  # None: there is no twin to compare with
   repeated_tokens: int
   exact: float | None  # fraction of the twin's answers
-  detect_s: Seconds
-  resume_s: Seconds
-  redundancy_s: Seconds
+  detect_s: Numbers
+  resume_s: Numbers
+  redundancy_s: Numbers
+  struck: tuple[str, ...]  # this and the next as in `campaign_faults`
+  resume_steps: Numbers
+  own_gaps: Numbers
+  others_gaps: Numbers
   repeat: str
   answers: int  # of the twin; this and `equal` are not in the csv
   equal: int
@@ -91,10 +93,7 @@ def line_of(
   repeat: str,
 ) -> Line:
   """Measures one case; without a twin, nothing is known to be exact."""
-  struck = of_kind(events, "fault")
-  times = _times(events)
-  if case.runtime in NO_DETECTION:
-    times["detect_s"] = ()
+  faults = of_kind(events, "fault")
   if twin is None:
     asked, done = len(case.requests), exactness.finished_sequences(events)
     same, exact, changed = (asked, asked - len(done), 0), None, None
@@ -107,36 +106,20 @@ def line_of(
     scenario=case.scenario,
     policy=case.policy,
     seed=case.seed,
-    faults=len(struck),
-    kills=kills((fault["kind"], fault["ranks"]) for fault in struck),
+    deployment=case.deployment,
+    faults=len(faults),
+    kills=kills((fault["kind"], fault["ranks"]) for fault in faults),
     recovered="error" not in verdict and bool(of_kind(events, "end")),
     verdict=str(verdict.get("overall", "unknown")),
     lost_requests=lost,
     changed_tokens=changed,
     repeated_tokens=exactness.repeated_tokens(events),
     exact=exact,
-    **times,
+    **campaign_faults.fault_numbers(case, events, twin),
     repeat=repeat,
     answers=answers,
     equal=equal,
   )
-
-
-def _times(events: list[report.Event]) -> dict[str, Seconds]:
-  """By column, the seconds of each fault that took or stopped ranks."""
-
-  def between(start_s: float | None, stop_s: float | None) -> float | None:
-    return None if start_s is None or stop_s is None else stop_s - start_s
-
-  both = zip(
-    of_kind(events, "fault"), report.recovery_phases(events), strict=True
-  )
-  found = [phases for fault, phases in both if fault["kind"] in STRIKING]
-  return {
-    "detect_s": tuple(between(p.fault_s, p.failure_s) for p in found),
-    "resume_s": tuple(between(p.failure_s, p.first_s) for p in found),
-    "redundancy_s": tuple(between(p.fault_s, p.redundant_s) for p in found),
-  }
 
 
 def to_csv(lines: Iterable[Line]) -> str:
@@ -158,18 +141,22 @@ def _csv_cell(value: Any) -> str:
 
 
 def rows(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
-  """The header, and a row of cells for each policy and for all of them."""
-  header = ["policy", "cases", "kills", "recovered", "verdict_true"]
-  header += ["lost_requests", "changed_tokens", "repeated_tokens"]
-  header += ["exact_outputs"]
+  """The header; a row for each deployment and policy, and for all of them."""
+  header = ["policy", "deployment", "cases", "kills", "recovered"]
+  header += ["verdict_true", "lost_requests", "changed_tokens"]
+  header += ["repeated_tokens", "exact_outputs"]
   for name in TIMES:
     header += [f"{name.removesuffix('_s')}_p{q}" for q in (50, 99)]
-  policies = dict.fromkeys(line.policy for line in lines)
-  body = [
-    [policy, *_cells([line for line in lines if line.policy == policy])]
-    for policy in policies
-  ]
-  return header, [*body, [EVERYTHING, *_cells(lines)]]
+  body, deployments = [], dict.fromkeys(line.deployment for line in lines)
+  for deployment in deployments:
+    here = [line for line in lines if line.deployment == deployment]
+    for policy in dict.fromkeys(line.policy for line in here):
+      mine = [line for line in here if line.policy == policy]
+      body.append([policy, deployment, *_cells(mine)])
+    body.append([EVERYTHING, deployment, *_cells(here)])
+  if len(deployments) > 1:
+    body.append([EVERYTHING, EVERYTHING, *_cells(lines)])
+  return header, body
 
 
 def _cells(lines: Sequence[Line]) -> list[str]:
@@ -218,7 +205,10 @@ def to_markdown(lines: Sequence[Line], origin: Sequence[str]) -> str:
     origin: sentences on where the numbers come from.
   """
   parts = ["### Campaign\n", *(f"{each}\n" for each in origin)]
-  parts += [grid(*rows(lines)), NOTES]
+  parts += [grid(*rows(lines), left=(0, 1)), NOTES]
+  by_role = campaign_faults.rows(lines)
+  if by_role[1]:
+    parts += [grid(*by_role, left=(0, 1, 2)), campaign_faults.NOTES]
   lacking = missing(lines)
   if lacking:
     parts.append("Times that are missing: " + "; ".join(lacking) + ".\n")
@@ -232,12 +222,26 @@ def to_markdown(lines: Sequence[Line], origin: Sequence[str]) -> str:
 
 
 def to_latex(lines: Sequence[Line]) -> str:
-  """The table as a `tabular`; needs the package booktabs and no other."""
-  header, body = rows(lines)
+  """Both tables as a `tabular`; needs the package booktabs and no other."""
   written = [
     "% \\usepackage{booktabs} in the preamble, then \\input this file.",
-    "\n".join(f"% {note}" for note in NOTES.splitlines()),
-    r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}",
+    *_tabular(*rows(lines), NOTES, names=2),
+  ]
+  header, body = campaign_faults.rows(lines)
+  if body:
+    notes = campaign_faults.NOTES
+    written += ["", *_tabular(header, body, notes, names=3)]
+  return "\n".join([*written, ""])
+
+
+def _tabular(
+  header: list[str], body: list[list[str]], notes: str, names: int
+) -> list[str]:
+  """Lines of a `tabular` whose first columns are names."""
+  written = [f"% {note}" for note in notes.splitlines()]
+  columns = "l" * names + "r" * (len(header) - names)
+  written += [
+    rf"\begin{{tabular}}{{{columns}}}",
     rf"\toprule {' & '.join(map(heading, header))} \\ \midrule",
   ]
   for cells in body:
@@ -245,4 +249,4 @@ def to_latex(lines: Sequence[Line]) -> str:
       written.append(r"\midrule")
     shown = ["--" if cell == "-" else escape(cell) for cell in cells]
     written.append(" & ".join(shown) + r" \\")
-  return "\n".join([*written, r"\bottomrule", r"\end{tabular}", ""])
+  return [*written, r"\bottomrule", r"\end{tabular}"]

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 TWIN = "none"  # the policy of the fault-free twin
 CUSTOM = "custom"  # the scenario of faults that a config lists
+_TAKING = ("rank_lost", "rank_leaving", "rank_stuck")
 ASSETS = pathlib.Path(resilient_moe.__file__).parent / "assets"
 
 
@@ -112,6 +113,14 @@ def _record(case: Case, model_crc: str) -> dict[str, Any]:
   The requests, which are long and in the history, are there by their hash.
   """
   record = dataclasses.asdict(case)
+  # Younger than the runs that lie in many a work directory.
+  for young, default in (("attention", 0), ("exchange", {})):
+    if record[young] == default:
+      del record[young]
+  for fault in record["faults"]:
+    for young in ("delay_s", "inside"):
+      if fault[young] is None:
+        del fault[young]
   record["checkpoint"] = model_crc
   record["requests"] = _digest(record["requests"])
   plain: dict[str, Any] = json.loads(json.dumps(record))
@@ -325,7 +334,7 @@ def _faults(settings: Settings, name: str, seed: int) -> tuple[Fault, ...]:
         f"scenario {name!r}: a fault {fault.kind!r} needs real processes, and"
         f" the runtime is {settings.runtime!r}; give config.runtime=process"
       )
-    if fault.kind != "straggler" and len(fault.ranks) >= ranks:
+    if fault.kind in _TAKING and len(fault.ranks) >= ranks:
       raise ValueError(
         f"scenario {name!r} takes {len(fault.ranks)} of {ranks} ranks at once;"
         f" at most {ranks - 1} can be survived"

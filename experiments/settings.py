@@ -16,6 +16,7 @@ import ml_collections
 
 SLOS = ("ttft_slo_s", "tbt_slo_s")
 BY_SCENARIO, NO_FAULTS = "scenario", "none"  # values of `faults`
+PARTS = "parts"  # the key that `parts.read` takes away
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,8 @@ def read(config: ml_collections.ConfigDict) -> Settings:
   given = json.loads(config.to_json_best_effort())
   known = {field.name: field for field in dataclasses.fields(Settings)}
   for key in given:
+    if key == PARTS:
+      raise ValueError(f"config.{key}: only experiments.campaign has parts")
     if key not in known:
       raise ValueError(
         f"config.{key}: unknown key; choices: {', '.join(sorted(known))}"

@@ -203,6 +203,8 @@ def _check_same_comparison(workdir: pathlib.Path, settings: Settings) -> None:
     raise ValueError(
       f"--workdir={workdir} holds runs without a config.json; choose a new one"
     )
+  # A key that is younger than the directory was at its default there.
+  old = {**_defaults(), **old}
   new = json.loads(json.dumps(dataclasses.asdict(settings)))
   for key in sorted(new.keys() - _MAY_CHANGE):
     if old.get(key) != new[key]:
@@ -211,6 +213,18 @@ def _check_same_comparison(workdir: pathlib.Path, settings: Settings) -> None:
         f" {_brief(old.get(key))} there, {_brief(new[key])} now; choose a new"
         " --workdir"
       )
+
+
+def _defaults() -> dict[str, Any]:
+  """Of the settings that have one, as they stand in `config.json`."""
+  found = {}
+  for field in dataclasses.fields(Settings):
+    if field.default_factory is not dataclasses.MISSING:
+      found[field.name] = field.default_factory()
+    elif field.default is not dataclasses.MISSING:
+      found[field.name] = field.default
+  plain: dict[str, Any] = json.loads(json.dumps(found))
+  return plain
 
 
 def _brief(value: Any) -> str:

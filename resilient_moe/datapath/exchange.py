@@ -16,40 +16,13 @@ from typing import Any
 import numpy as np
 
 from resilient_moe.datapath import grouping
+from resilient_moe.datapath.healing import HealingLimits, Lookout
 from resilient_moe.datapath.parcels import Gone, Result, Transport
-from resilient_moe.datapath.routes import ExpertRoutes, ExpertsUnreachable
-
-
-@dataclasses.dataclass(frozen=True)
-class HealingLimits:
-  """How long an AW waits for what, in seconds."""
-
-  late_s: float = 0.03  # a parcel is late: probe, once in each such period
-  misses: int = 2  # unanswered probes in a row that make an EW dead
-  link_s: float = 0.5  # it answers, but sends nothing: the link is bad
-  push_s: float = 0.25  # for a push that brings experts back, in all of a run
-  tick_s: float = 0.005  # the longest sleep, so how soon a cancel is seen
-
-  def __post_init__(self) -> None:
-    for name in ("late_s", "link_s", "tick_s"):
-      if getattr(self, name) <= 0:
-        raise ValueError(
-          f"{name}={getattr(self, name)}: must be above 0 seconds"
-        )
-    if self.push_s < 0:
-      raise ValueError(
-        f"push_s={self.push_s}: must be 0 seconds, which waits for no push, "
-        "or more"
-      )
-    if self.misses < 1:
-      raise ValueError(
-        f"misses={self.misses}: must be 1 unanswered probe or more"
-      )
-    if self.link_s < self.late_s:
-      raise ValueError(
-        f"link_s={self.link_s}: must be late_s={self.late_s} or more, a link "
-        "is judged only when a parcel is late"
-      )
+from resilient_moe.datapath.routes import (
+  ExpertRoutes,
+  ExpertsUnreachable,
+  Member,
+)
 
 
 class ExchangeCancelled(Exception):
@@ -77,16 +50,6 @@ class _Lost:
 
 
 @dataclasses.dataclass(slots=True)
-class _Look:
-  """When to look next after an EW that owes something."""
-
-  since: float  # its oldest parcel that is out
-  at: float
-  misses: int = 0
-  told: bool = False  # that its link is bad
-
-
-@dataclasses.dataclass(slots=True)
 class _Step:
   """One run."""
 
@@ -95,7 +58,9 @@ class _Step:
   experts: np.ndarray  # [N, k]
   y: np.ndarray  # [N * k, D]
   lost: list[_Lost] = dataclasses.field(default_factory=list)
-  waiting: float | None = None  # since when `lost` wait for a push
+  # Whose link is bad, though only they hold what they owe.
+  cut: set[int] = dataclasses.field(default_factory=set)
+  waiting: float | None = None  # since when `lost` and `cut` wait for a push
   waited: float = 0.0  # before
 
 
@@ -110,8 +75,10 @@ class Exchange:
   lost parcel have been sent elsewhere `seconds` after they were first asked of
   `rank` (-1: of nobody, they had no copy). ("link_bad", rank, layer, seconds,
   elsewhere): an EW answers probes but owes since `seconds`; it is marked down
-  if what it owes can be had `elsewhere`. ("unreachable", layer, experts): the
-  experts `experts` have no live copy; the run waits for a push.
+  if what it owes can be had `elsewhere`. Also told of one that was marked down
+  so before, once experts are wanted that now only it holds. ("unreachable",
+  layer, experts): the experts `experts` have no live copy. What can't be had
+  elsewhere waits for a push, `HealingLimits.push_s` long.
   """
 
   def __init__(
@@ -139,7 +106,8 @@ class Exchange:
     self._cancel = threading.Event()
     self._ticket = 0
     self._sent: dict[int, _Sent] = {}
-    self._looks: dict[int, _Look] = {}
+    self._lookout = Lookout(self._limits, transport)
+    self._bad_links: set[Member] = set()  # marked down for their links alone
     # The process that each link was last used for. A link that ends was one to
     # this process, even if a push has named the next one since.
     self._met: dict[int, int] = {}
@@ -186,7 +154,7 @@ class Exchange:
       self._collect(step)
     finally:
       self._sent.clear()
-      self._looks.clear()
+      self._lookout.clear()
     return step.y.reshape(n, k, width)
 
   def _collect(self, step: _Step) -> None:
@@ -219,11 +187,11 @@ class Exchange:
       send(rank, self._ticket, parcel)
       self.sent_bytes += parcel.rows.nbytes
       sent.at = self._now()  # an EW isn't late for what was held up here
-      if rank not in self._looks:
-        self._looks[rank] = _Look(sent.at, sent.at + self._limits.late_s)
+      self._lookout.owes(rank, sent.at)
     if grouped.missing:
       if not owed.told:
         self._on_event("unreachable", layer=step.layer, experts=grouped.missing)
+        self._blame_links(step, grouped.missing, owed.at)
       step.lost.append(_Lost(owed.rank, owed.at, grouped.left, told=True))
     if grouped.parcels and not first:
       self.healed += len(grouped.parcels)
@@ -237,7 +205,9 @@ class Exchange:
   def _hear(self, step: _Step, wait_s: float) -> None:
     for news in self._transport.receive(wait_s):
       if isinstance(news, Gone):
-        self._routes.down(news.rank, self._met.get(news.rank))
+        met = self._met.get(news.rank)
+        whose = met if news.incarnation is None else news.incarnation
+        self._routes.down(news.rank, whose)
       else:
         self._take(step, news)
 
@@ -255,43 +225,47 @@ class Exchange:
     grouping.scatter(step.y, sent.where, result.y)
     of_rank = (s for s in self._sent.values() if s.rank == sent.rank)
     oldest = next(of_rank, None)
-    if oldest is None:
-      del self._looks[sent.rank]
-    else:
-      look_at = oldest.at + self._limits.late_s
-      self._looks[sent.rank] = _Look(oldest.at, look_at)
+    self._lookout.has_paid(sent.rank, oldest and oldest.at)
+    step.cut.discard(sent.rank)
 
   def _look(self, step: _Step) -> None:
     """Probes the EWs that are late and judges them."""
-    now = self._now()
-    for rank, look in self._looks.items():
-      if now < look.at:
-        continue
-      look.at = now + self._limits.late_s
-      if not self._transport.answers(rank):
-        look.misses += 1
-        if look.misses >= self._limits.misses:
-          self._routes.down(rank, self._met[rank])
-        continue
-      look.misses = 0
-      if now - look.since >= self._limits.link_s:
-        self._judge_link(step, rank, look, now - look.since)
+    found = self._lookout.look(self._now())
+    for rank in found.dead:
+      self._routes.down(rank, self._met[rank])
+    for rank, seconds in found.silent:
+      self._judge_link(step, rank, seconds)
 
-  def _judge_link(
-    self, step: _Step, rank: int, look: _Look, seconds: float
-  ) -> None:
+  def _judge_link(self, step: _Step, rank: int, seconds: float) -> None:
     owed = [s.where for s in self._sent.values() if s.rank == rank]
     experts = step.experts.reshape(-1)[np.concatenate(owed)]
-    # It may just be slow; that is no reason to lose the only copy.
+    # It may just be slow; that is no reason to lose the only copy at once.
     elsewhere = self._table.elsewhere(experts, rank)
     if elsewhere:
+      self._bad_links.add((rank, self._met[rank]))
       self._routes.down(rank, self._met[rank])
-    if elsewhere or not look.told:
-      look.told = True
-      self._on_event(
-        "link_bad", rank=rank, layer=step.layer, seconds=seconds,
-        elsewhere=elsewhere,
-      )  # fmt: skip
+    if elsewhere or rank not in step.cut:
+      self._tell_bad(step, rank, seconds, elsewhere)
+    if not elsewhere:
+      step.cut.add(rank)
+
+  def _blame_links(
+    self, step: _Step, missing: list[int], since: float
+  ) -> None:
+    """Tells of links that were spared for a copy which is gone by now."""
+    wanted = np.array(missing)
+    for rank, _ in sorted(self._table.down & self._bad_links):
+      if rank not in step.cut and self._table.names(wanted, rank):
+        step.cut.add(rank)
+        self._tell_bad(step, rank, self._now() - since, elsewhere=False)
+
+  def _tell_bad(
+    self, step: _Step, rank: int, seconds: float, elsewhere: bool
+  ) -> None:
+    self._on_event(
+      "link_bad", rank=rank, layer=step.layer, seconds=seconds,
+      elsewhere=elsewhere,
+    )  # fmt: skip
 
   def _heal(self, step: _Step) -> None:
     """Follows the table: sends again what its present state doesn't cover."""
@@ -305,7 +279,8 @@ class Exchange:
     for ticket, sent in list(self._sent.items()):
       if not table.serves(sent.rank, sent.incarnation):
         del self._sent[ticket]
-        self._looks.pop(sent.rank, None)
+        self._lookout.forget(sent.rank)
+        step.cut.discard(sent.rank)
         owed.append(_Lost(sent.rank, sent.at, sent.where))
     for lost in owed:
       self._dispatch(step, lost, first=False)
@@ -313,15 +288,16 @@ class Exchange:
   def _check_waiting(self, step: _Step) -> None:
     """Gives up if what waits for a copy has none coming."""
     now = self._now()
-    if not step.lost:
+    stuck = [lost.where for lost in step.lost]
+    stuck += [s.where for s in self._sent.values() if s.rank in step.cut]
+    if not stuck:
       if step.waiting is not None:
         step.waited += now - step.waiting
         step.waiting = None
       return
     if step.waiting is None:
       step.waiting = now
-    flat = np.concatenate([lost.where for lost in step.lost])
-    experts = np.unique(step.experts.reshape(-1)[flat])
+    experts = np.unique(step.experts.reshape(-1)[np.concatenate(stuck)])
     masked = experts[self._table.masked[experts]]
     if masked.size:
       raise ExpertsUnreachable(masked.tolist(), masked=True)

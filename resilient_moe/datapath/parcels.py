@@ -32,6 +32,7 @@ class Gone(NamedTuple):
   """The link to an EW has ended: nothing more will come of it."""
 
   rank: int
+  incarnation: int | None = None  # None: of whom the AW has last sent to
 
 
 class Transport(Protocol):

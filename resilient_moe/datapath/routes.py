@@ -56,6 +56,7 @@ class LiveTable:
     self.masked = routes.masked
     self.down = down
     self.version = version
+    self._routes = routes
     self._named = named
     self._live = {r: i for r, i in named.items() if (r, i) not in down}
     serving = self._surviving(routes.serving)
@@ -100,6 +101,14 @@ class LiveTable:
     """Whether each expert has a live copy, or shadow, on another rank."""
     holders = self._holders[experts]
     return bool(((holders >= 0) & (holders != rank)).any(axis=1).all())
+
+  def names(self, experts: np.ndarray, rank: int) -> bool:
+    """Whether the rank is to have a copy of any of them, down or not."""
+    r = self._routes
+    return any(
+      bool((entries[experts, :, 0] == rank).any())
+      for entries in (r.serving, r.standby)
+    )
 
   def incarnation(self, rank: int) -> int | None:
     """The process that the table means by `rank`; None: it names none."""

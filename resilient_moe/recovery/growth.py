@@ -15,7 +15,6 @@ from resilient_moe.recovery.rescue import (
 from resilient_moe.recovery.semantics import advance, advance_all, lose
 from resilient_moe.recovery.view import (
   ClusterView,
-  Ranks,
   Role,
   RoutingTable,
   Status,
@@ -88,7 +87,7 @@ def back_to_attention(view: ClusterView, before: ClusterView) -> Actions:
   """Ranks that had to take experts over attend again, if others can hold them.
 
   For a view in which replacements serve. `before` they came: copies run then,
-  so they read from nobody else and write to no slot that serves there.
+  so they write to no slot that serves there.
   """
   actions: Actions = ()
   switched = np.flatnonzero(_switched(view) & (view.status == Status.SERVING))
@@ -110,7 +109,7 @@ def _emptying(
   moves = assign(without, lost_experts(without))
   if isinstance(moves, str) or _served_slots(before, moves):
     return ()
-  copies = copies_from(lose(view, _coming(before)), moves)
+  copies = copies_from(view, moves)  # from `rank`: nobody else has them
   if isinstance(copies, str):
     return ()
   table = retable(without, moves)

@@ -187,8 +187,8 @@ def _failed(loop: Loop, batch: StepBatch) -> None:
   """Nothing of it counts: it is as if it had never been begun."""
   loop.recovery.record("step_failed", step=batch.number, epoch=batch.epoch)
   loop.retired[batch.mesh] = batch.retired
-  if not loop.running:
-    loop.number = min(loop.number, batch.number)
+  if batch.number + 1 == loop.number:  # none has the next number yet
+    loop.number = batch.number
 
 
 def _complete(

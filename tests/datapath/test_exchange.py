@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from resilient_moe.datapath.exchange import ExchangeCancelled, HealingLimits
+from resilient_moe.datapath.exchange import ExchangeCancelled
+from resilient_moe.datapath.healing import HealingLimits
 from resilient_moe.datapath.parcels import Gone, Result
 from resilient_moe.datapath.routes import ExpertsUnreachable
 from tests.datapath import fake

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from resilient_moe.datapath.exchange import HealingLimits
+from resilient_moe.datapath.healing import HealingLimits
 from resilient_moe.datapath.routes import ExpertRoutes, Routes
 from tests.datapath import fake
 from tests.datapath.fake import ALL, DOUBLE, SINGLE, E, Scene

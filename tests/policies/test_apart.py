@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from resilient_moe import recovery as rm
+from resilient_moe.recovery.growth import back_to_attention
 from tests.policies.ask import kinds, only, recovered
 from tests.recovery import cases
 
@@ -201,6 +202,42 @@ def test_a_restart_gives_everybody_the_first_role():
   for action, work in ((attending, "experts"), (holding, "requests")):
     with pytest.raises(rm.IllegalPlan, match=f"may hold {work}"):
       rm.advance(view, action)
+
+
+def test_a_restart_lets_a_switched_rank_attend_if_nobody_else_does():
+  policy = rm.load("role_switch")
+  lost = rm.RanksLost((2,))
+  view = cases.after(cases.serving(policy, FULL), lost)
+  plan = rm.recover_checked(policy, view, lost)
+  view = rm.advance_all(view, rm.ordered(plan.resume))
+  (switch,) = only(plan.resume, rm.SwitchRole)
+  last = rm.RanksLost((1 - switch.rank,))
+  view = cases.after(view, last)
+  assert isinstance(rm.recover_checked(policy, view, last), rm.Infeasible)
+  plan = rm.recover_checked(rm.load("restart"), view, last)
+  after = rm.advance_all(view, rm.ordered(plan.resume))
+  assert after.role[switch.rank] == rm.Role.ATTENTION
+  assert rm.price_plan(plan, view, rm.THIS_MACHINE).resume.seconds > 0
+
+
+def test_a_rank_stays_switched_if_a_serving_copy_had_to_make_room():
+  view = cases.serving(rm.load("role_switch"), FULL)
+  waits = rm.Requeue(view.requests.request_id)
+  view = rm.advance_all(view, [rm.SwitchRole(1, rm.Role.EXPERT), waits])
+  taken = view.slots[2, 0]  # moves to rank 1, and a copy of 2 into its place
+  moves = (rm.Move(int(taken), 1, 0, 2),), (rm.Move(2, 2, 0, 3),)
+  view = rm.advance_all(view, [rm.CopyExperts(m, rm.Tier.PEER) for m in moves])
+  before, after = (view.table.entries.copy() for _ in range(2))
+  before[taken, 0] = after[taken, 0] = 1, 0
+  after[2, 0] = 2, 0  # its first place, (3, 0), is a shadow then
+  views = [
+    rm.advance(view, rm.RemapExperts(rm.RoutingTable(entries)))
+    for entries in (before, after)
+  ]
+  assert kinds(back_to_attention(views[1], views[1])) == [
+    rm.CopyExperts, rm.RemapExperts, rm.SwitchRole,
+  ]  # fmt: skip
+  assert back_to_attention(views[1], views[0]) == ()
 
 
 def test_a_mesh_without_attention_ranks_serves_nobody():

@@ -283,3 +283,4 @@ def test_who_attends_again_gives_its_experts_away_first():
   after = rm.advance_all(view, steps)
   assert (after.slots[1] == -1).all()
   assert cases.held(after, 0) == {3}
+  assert rm.ordered((back, away)) == (away, back), "also without a table"

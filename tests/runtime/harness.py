@@ -31,6 +31,8 @@ from resilient_moe.runtime import assemble, engine
 from resilient_moe.runtime.case import Case, make_policy
 from resilient_moe.runtime.channel import Channel, ChannelRecorder
 from resilient_moe.runtime.emulated import EmulatedBackend
+from resilient_moe.runtime.split import start as split_start
+from resilient_moe.runtime.split.families import compile_families
 from resilient_moe.serving import recover
 from resilient_moe.serving.recover import EngineRestart
 from resilient_moe.serving.request import Request
@@ -69,7 +71,8 @@ class Lab:
 
   def store(self, plans: assemble.Plans) -> pathlib.Path:
     """A scratch folder that holds every program a case begins with."""
-    name = hashlib.sha1(repr(plans.shape).encode()).hexdigest()[:12]
+    about = plans.shape, plans.view.disaggregated
+    name = hashlib.sha1(repr(about).encode()).hexdigest()[:12]
     scratch = self.root / "store" / name
     folder = scratch / "executables"
     if not folder.is_dir():
@@ -77,6 +80,9 @@ class Lab:
       for generation in range(1, 5):  # a cold engine's own store
         (scratch / f"cold{generation}").symlink_to(folder)
     executables = Executables(plans.shape, folder)
+    if plans.view.disaggregated:  # no program belongs to a mesh
+      compile_families(executables, jax.devices()[0])
+      return scratch
     n = len(plans.view.launched)
     sizes = {len(plans.view.mesh)} | {
       n - sum(1 if r >= 0 else -1 for r in name)
@@ -182,7 +188,8 @@ class Host:
     policy = make_policy(self.case)
     self.recorder.write(
       "run", policy=self.case.policy, scenario=self.case.scenario,
-      runtime="emulated", deployment="collocated", seed=self.case.seed,
+      runtime="emulated", deployment=self.case.deployment,
+      seed=self.case.seed,
       ranks=self.case.ranks, lossless=policy.lossless, exact=True,
       fails_requests=policy.fails_requests,
       expected_faults=len(self.case.faults),
@@ -205,7 +212,9 @@ class Host:
     fresh = fresh or assemble.Fresh()
     plans = assemble.plan_instance(self.case, fresh)
     n = self.case.ranks + plans.policy.spares
-    backend = assemble.assemble(
+    apart = self.case.deployment == "disaggregated"
+    put_together = (split_start if apart else assemble).assemble
+    backend = put_together(
       self.case, plans, fresh, jax.devices()[:n],
       self._scratch or self._lab.store(plans), self.recorder,
     )  # fmt: skip

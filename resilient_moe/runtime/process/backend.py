@@ -151,6 +151,7 @@ class ProcessBackend(Instance):
     return self.take_pending()
 
   def _take_lost(self) -> None:
+    self.kv.look()
     status = self.facts.view.status
     lost = [
       r for r in self.crew.take_lost() if status[r] != Status.LOST

@@ -10,23 +10,20 @@ collectives that the dead one is a member of. What only looks dead is judged by
 import os
 import secrets
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing import connection as mp
 from typing import Any
 
-from resilient_moe.runtime.parent import as_parent
 from resilient_moe.runtime.process.cluster import Cluster
+from resilient_moe.runtime.process.departed import Departed
 from resilient_moe.runtime.process.door import Door
 from resilient_moe.runtime.process.exits import exiting
 from resilient_moe.runtime.process.mate import (
   Answers,
   Mate,
   WorkerFailed,
-  ended,
-  kill,
+  spawn,
   tell,
 )
 from resilient_moe.runtime.process.watch import Watch
@@ -75,10 +72,9 @@ class Crew:
     self._door = Door((cluster.host, cluster.port), self.authkey)
     self._mates: dict[int, Mate] = {}
     self._setups: dict[int, Setup | SplitSetup] = {}
-    self._fenced: list[tuple[float, Mate]] = []  # killed at that time
+    self._departed = Departed(record)
     self._ran: set[tuple[Member, ...]] = set()  # together, to the end
     self._shut_at_s: float | None = None  # an abort is under way
-    self._dying: list[Mate] = []  # dead, not reaped yet
     self._lost: list[int] = []  # noticed, not taken yet
     self._number = 0
     self._asked: dict[int, tuple[int, float]] = {}  # rank -> number, since
@@ -91,22 +87,16 @@ class Crew:
     self, rank: int, incarnation: int, setup: Setup | SplitSetup
   ) -> None:
     """Starts a process, or expects one; `is_up`: it can be called."""
-    process = self._spawn(rank, incarnation) if self._cluster.spawn else None
+    process = None
+    if self._cluster.spawn:
+      process = spawn(
+        rank, incarnation, self._door.address, self.authkey, self._cluster
+      )
     self._mates[rank] = Mate(rank, incarnation, process)
     self._setups[rank] = setup
     others = [r for r, m in self._mates.items() if m.up is not None]
     news = {"incarnations": {rank: incarnation}}
     self.tell(dict.fromkeys(others, news), "members")
-
-  def _spawn(self, rank: int, incarnation: int) -> subprocess.Popen:
-    host, port = self._door.address
-    return subprocess.Popen(
-      [sys.executable, "-m", "resilient_moe.runtime.process.worker",
-       f"rank={rank}", f"incarnation={incarnation}", f"{host}:{port}"],
-      stdin=subprocess.DEVNULL,
-      env={**os.environ, **as_parent(), AUTHKEY: self.authkey.hex(),
-           **self._cluster.environment()},
-    )  # fmt: skip
 
   def mate(self, rank: int) -> Mate:
     return self._mates[rank]
@@ -266,16 +256,14 @@ class Crew:
     # Any: the stubs of `wait` know no keys of a dict.
     mates = self._mates.values()
     of: dict[Any, Mate] = {m.work: m for m in mates if m.work is not None}
-    old: dict[Any, Mate] = {
-      m.work: m for _, m in self._fenced if m.work is not None
-    }
+    old = self._departed.speakers()
     controls: dict[Any, Mate] = {
       m.control: m for m in mates if m.control is not None
     }
     heard = []
     for end in mp.wait([*of, *old, *controls], wait_s):
       if end in old:
-        self._refuse(old[end])
+        self._departed.refuse(old[end])
       elif end in controls:
         self._hear_quiet(controls[end])
       elif of[end].up is not None:
@@ -338,7 +326,7 @@ class Crew:
     for rank in self._wait(0.0):
       # Nobody was asked anything: an end of file, or an answer too late.
       self._hear(rank, -1, set(), Answers({}, {}, ()))
-    self._reap()
+    self._departed.reap()
 
   def take_lost(self) -> tuple[int, ...]:
     """Ranks that are gone since the last time this was asked."""
@@ -347,7 +335,7 @@ class Crew:
 
   def lingers(self, rank: int) -> bool:
     """Whether a process of the rank is fenced and not killed yet."""
-    return any(mate.rank == rank for _, mate in self._fenced)
+    return self._departed.lingers(rank)
 
   def _bury(self, mate: Mate) -> None:
     """A worker is dead: whoever waits for it in a collective is freed."""
@@ -355,8 +343,7 @@ class Crew:
       return
     self._remove(mate)
     self._lost.append(mate.rank)
-    kill(mate)
-    self._dying.append(mate)  # its end takes a while, nobody waits for it
+    self._departed.kill(mate)
 
   def _remove(self, mate: Mate) -> None:
     del self._mates[mate.rank]
@@ -389,35 +376,14 @@ class Crew:
     if mate is None:
       return
     self._remove(mate)
-    self._fenced.append((time.monotonic() + self.watch.limits.grace_s, mate))
-
-  def _refuse(self, mate: Mate) -> None:
-    """A fenced worker speaks (it was continued): recorded, not listened to."""
-    assert mate.work is not None
-    try:
-      reply = mate.work.recv()
-      self._record("stale", epoch=reply.epoch, rank=mate.rank)
-    except (EOFError, OSError):
-      mate.work = None
-
-  def _reap(self) -> None:
-    now = time.monotonic()
-    for at, mate in self._fenced:
-      if now >= at:
-        kill(mate)
-        self._dying.append(mate)
-    self._dying = [m for m in self._dying if not ended(m)]
-    self._fenced = [(at, m) for at, m in self._fenced if now < at]
+    self._departed.fence(mate, self.watch.limits.grace_s)
 
   def close(self) -> None:
     """Ends every process."""
     self._door.close()
-    here = [*self._mates.values(), *(m for _, m in self._fenced)]
-    for mate in here:
-      kill(mate)
-    for mate in [*here, *self._dying]:
-      if mate.process is not None:
-        mate.process.wait()
+    for mate in self._mates.values():
+      self._departed.kill(mate)
+    self._departed.close()
 
 
 def _nothing() -> None:

@@ -2,9 +2,7 @@
 
 One thread does all of it. The computation runs there too: through a second
 thread, a round trip took 175 us instead of 120, and what arrives meanwhile
-waits in the sockets as well as it would in a list. Links are accepted and
-greeted in threads of their own, because a stranger may be silent and a
-computation long.
+waits in the sockets as well as it would in a list.
 """
 
 import contextlib
@@ -15,7 +13,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing import connection as mp
 
 import numpy as np
 
@@ -28,15 +25,15 @@ from resilient_moe.datapath.gather import (
   take,
 )
 from resilient_moe.datapath.parcels import Parcel
-from resilient_moe.runtime.process.data import HANDSHAKE_S
-from resilient_moe.runtime.process.link import Address, Link
-from resilient_moe.runtime.process.peers import (
+from resilient_moe.runtime.process.frames import (
   FAILURE,
   PARCEL,
   RESULT,
   Frame,
   Pipe,
 )
+from resilient_moe.runtime.process.link import Address, Link
+from resilient_moe.runtime.process.reception import Reception
 
 # (layer, rows [n, D], token [m], slot [m]) -> y [m, D]
 Compute = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -44,7 +41,6 @@ Compute = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 OnBatch = Callable[[int, int, float, float, list[int]], None]
 
 _REASON_BYTES = 4096  # of a failure that an AW is told
-_FULL_S = 0.01  # before trying again, on a machine that is out of sockets
 
 
 class Desk:
@@ -57,7 +53,6 @@ class Desk:
     """`compute` and `on_batch` are called in this desk's thread."""
     self.refused = 0  # links and parcels of AWs that were fenced or replaced
     self.complaints: list[str] = []  # of links that were cut off
-    self._authkey = authkey
     self._compute, self._on_batch = compute, on_batch
     self._limits = limits
     self._lock = threading.Lock()  # of all below
@@ -70,21 +65,16 @@ class Desk:
     # Answers that leave later: due, order, whom to, what.
     self._held: list[tuple[float, int, Pipe, list[memoryview]]] = []
     self._order = itertools.count()
-    self._greeting: dict[Link, threading.Thread] = {}
     self._wake, self._waker = socket.socketpair()
     self._waker.setblocking(False)
     self._selector = selectors.DefaultSelector()
     self._selector.register(self._wake, selectors.EVENT_READ)
-    self._listener = socket.create_server((host, 0), backlog=128)
-    self._listener.setblocking(False)
-    self.address: Address = self._listener.getsockname()[:2]
-    self._ending, self._ender = socket.socketpair()
-    self._threads = [
-      threading.Thread(target=run, daemon=True)
-      for run in (self._run, self._accept)
-    ]
-    for thread in self._threads:
-      thread.start()
+    self._thread = threading.Thread(target=self._run, daemon=True)
+    self._reception = Reception(
+      host, authkey, self._admit, self.complaints.append
+    )
+    self.address: Address = self._reception.address
+    self._thread.start()
 
   @property
   def live(self) -> set[int]:
@@ -126,8 +116,7 @@ class Desk:
     with self._lock:
       self._closed = True
     self._rouse()
-    for thread in self._threads:
-      thread.join()
+    self._thread.join()
 
   def _run(self) -> None:
     try:
@@ -236,40 +225,10 @@ class Desk:
     del self._pipes[pipe.rank]
     self._waiting = [w for w in self._waiting if w.aw != pipe.rank]
 
-  def _accept(self) -> None:
-    while self._ending not in mp.wait([self._listener, self._ending]):
-      try:
-        end = self._listener.accept()[0]
-        link = Link(end)
-        thread = threading.Thread(
-          target=self._greet, args=(link, end), daemon=True
-        )
-        with self._lock:  # it leaves `_greeting` under it, too
-          thread.start()
-          self._greeting[link] = thread
-      except (OSError, RuntimeError):  # it is gone, or the machine is full
-        time.sleep(_FULL_S)
-    self._listener.close()
-    self._ending.close()
-
-  def _greet(self, link: Link, end: socket.socket) -> None:
-    try:
-      link.limit(HANDSHAKE_S)
-      link.greet(self._authkey, asks_first=True)
-      first = link.receive()
-      if len(first) != 3 or first[0] != "aw":
-        raise ValueError(f"a link can't begin with {first!r:.80}")
-      self._admit(link, end, int(first[1]), int(first[2]))
-    except Exception as error:  # noqa: BLE001 - whatever a client talks
-      self.complaints.append(repr(error))
-      link.close()
-    finally:
-      with self._lock:
-        self._greeting.pop(link, None)
-
   def _admit(
     self, link: Link, end: socket.socket, rank: int, incarnation: int
   ) -> None:
+    """A greeted link is let in, or refused (in a thread of the reception)."""
     with self._lock:
       if self._closed:
         raise ConnectionAbortedError("the desk is closed")
@@ -300,14 +259,7 @@ class Desk:
       for pipe in list(self._pipes.values()):
         self._drop(pipe)
       self._held.clear()
-    self._ender.close()
-    self._threads[1].join()  # no link is accepted from here on
-    with self._lock:
-      greeting = dict(self._greeting)
-    for link in greeting:
-      link.shutdown()
-    for thread in greeting.values():
-      thread.join()
+    self._reception.close()
     self._selector.close()
     self._wake.close()
     self._waker.close()

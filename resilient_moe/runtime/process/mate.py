@@ -5,10 +5,13 @@ import dataclasses
 import os
 import signal
 import subprocess
+import sys
 from multiprocessing import connection as mp
 from typing import Any
 
-from resilient_moe.runtime.process.wire import Member, Up
+from resilient_moe.runtime.parent import as_parent
+from resilient_moe.runtime.process.cluster import Cluster
+from resilient_moe.runtime.process.wire import AUTHKEY, Address, Member, Up
 
 
 class WorkerFailed(RuntimeError):
@@ -60,6 +63,20 @@ class Mate:
   @property
   def member(self) -> Member:
     return self.rank, self.incarnation
+
+
+def spawn(
+  rank: int, incarnation: int, door: Address, authkey: bytes, cluster: Cluster
+) -> subprocess.Popen:
+  """A worker process on this host, which will knock at the door."""
+  host, port = door
+  return subprocess.Popen(
+    [sys.executable, "-m", "resilient_moe.runtime.process.worker",
+     f"rank={rank}", f"incarnation={incarnation}", f"{host}:{port}"],
+    stdin=subprocess.DEVNULL,
+    env={**os.environ, **as_parent(), AUTHKEY: authkey.hex(),
+         **cluster.environment()},
+  )  # fmt: skip
 
 
 def tell(mate: Mate, message: object) -> None:

@@ -120,7 +120,6 @@ class SplitProcess(ProcessBackend):
     super()._take_lost()
     for rank, found in self.crew.found():
       self._take_found(rank, found)
-    self.kv.look()
 
   def _take_found(self, rank: int, found: Found) -> None:
     """What a worker has found out, or is about to do."""

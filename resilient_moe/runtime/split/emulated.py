@@ -1,6 +1,5 @@
 """The emulated runtime with attention and experts on different ranks."""
 
-import time
 from typing import Any
 
 import numpy as np
@@ -31,14 +30,17 @@ class SplitEmulated(EmulatedBackend):
 
   def __init__(self, *args: Any, seed: int = 0, **kwargs: Any) -> None:
     self._version = 0  # of the routes that were pushed last
-    self._processes: dict[int, int] = {}  # rank -> how often it was replaced
-    self._mended: list[tuple[float, tuple[int, int]]] = []  # links, when
     super().__init__(*args, **kwargs)
     self._strikes = Strikes(
       seed, self.shape.config.moe_layers, self._attends, self._happen
     )
     self.store.on_event = self._on_event
     self._push()
+
+  @property
+  def _processes(self) -> dict[int, int]:
+    """Rank -> how often it was replaced."""
+    return self.store.links.incarnations
 
   def domains(self) -> tuple[Mesh, ...]:
     return tuple((int(r),) for r in request_ranks(self.facts.view))
@@ -52,6 +54,7 @@ class SplitEmulated(EmulatedBackend):
     for fault in self.due_in_step(batch, settled):
       self._begin_fault(fault)
     self._mend_links()
+    self._strikes.prefills = bool(batch.chunks)
     try:
       step = self.store.step(
         rank, batch.width, packed(batch),
@@ -101,10 +104,13 @@ class SplitEmulated(EmulatedBackend):
 
   def switch(self, rank: int, role: Role) -> None:
     """The rank gets what its new role needs; KV stays until it has moved."""
-    if role == Role.ATTENTION:
+    attention = role == Role.ATTENTION
+    if attention and self.store.computes(rank):
       self.store.leave(rank, Role.EXPERT)
-    empty = [-1] * self.facts.view.slots_per_rank
-    self.store.add(rank, self.weights, empty, role)
+    has = self.store.attends if attention else self.store.computes
+    if not has(rank):  # else it has not given that up yet, and keeps it
+      empty = [-1] * self.facts.view.slots_per_rank
+      self.store.add(rank, self.weights, empty, role)
 
   def changed(self) -> None:
     """Who gave up attention and has nobody left gives up its KV; tables."""
@@ -118,8 +124,13 @@ class SplitEmulated(EmulatedBackend):
     self._version += 1
     view = self.facts.view
     self.store.push(routes_of(view, self._version, self._processes))
+    self._close_ring()
+
+  def _close_ring(self) -> None:
+    """Checkpoints go round the attention ranks that are there."""
     if self.checkpointer is not None:
-      self.checkpointer.ring = tuple(r for (r,) in self.domains())
+      attend = (r for (r,) in self.domains() if self.store.attends(r))
+      self.checkpointer.ring = tuple(attend)
 
   def close(self) -> None:
     """Ends the background work; what went over the links is recorded."""
@@ -160,23 +171,27 @@ class SplitEmulated(EmulatedBackend):
       hit = [r for (r,) in self.domains()]
     return self.seats.on(hit)
 
+  def _strike(self, faults: list[Fault]) -> bool:
+    """Those that come in a recovery: at once."""
+    for fault in faults:
+      self._happen(fault)
+    return bool(faults)
+
+  def _lose(self, ranks: tuple[int, ...]) -> bool:
+    """Others step on before a plan says who is in: no dead rank mirrors."""
+    member = super()._lose(ranks)
+    self._close_ring()
+    return member
+
   def _break_link(self, fault: Fault) -> None:
     link = (fault.ranks[0], fault.ranks[1])
-    if fault.kind == "link_cut":
-      self.store.links.cut.add(link)
-    else:
-      self.store.links.delay_s[link] = float(fault.delay_s or 0.0)
-    if fault.resume_s is not None:
-      self._mended.append((time.monotonic() + fault.resume_s, link))
+    delay_s = None if fault.kind == "link_cut" else float(fault.delay_s or 0.0)
+    self.store.links.spoil(link, delay_s, fault.resume_s)
 
   def _mend_links(self) -> None:
-    now = time.monotonic()
-    for at, link in list(self._mended):
-      if at <= now:
-        self._mended.remove((at, link))
-        self.store.links.cut.discard(link)
-        self.store.links.delay_s.pop(link, None)
-        self.store.routes_of(link[0]).up(link[1])
+    for attention, expert in self.store.links.mend():
+      if self.store.attends(attention):
+        self.store.routes_of(attention).up(expert)
 
   def _reached(self, rank: int, place: str, at: int, layer: int) -> None:
     self._strikes.reached(rank, place, at, layer)

@@ -16,29 +16,69 @@ from resilient_moe.runtime.split.experts import ExpertRank
 Hook = Callable[[str, int, int], None]
 
 
+Link = tuple[int, int]  # (attention, expert) ranks
+
+
 class InlineLinks:
   """All links of a process, and what is wrong with them."""
 
   def __init__(self, experts: Mapping[int, ExpertRank]) -> None:
     self.experts = experts
-    self.cut: set[tuple[int, int]] = set()  # (attention, expert) ranks
-    self.delay_s: dict[tuple[int, int], float] = {}
+    self.cut: set[Link] = set()
+    self.delay_s: dict[Link, float] = {}
+    # Which of a rank's processes its device stands for; 0 if it isn't there.
+    self.incarnations: dict[int, int] = {}
+    self._mends: dict[Link, float] = {}  # when, monotonic
     self._transports: dict[int, InlineTransport] = {}
 
   def of(self, rank: int) -> "InlineTransport":
-    """An attention rank's links."""
+    """An attention rank's links, anew."""
     self._transports[rank] = InlineTransport(rank, self)
     return self._transports[rank]
+
+  def spoil(
+    self, link: Link, delay_s: float | None, lasts_s: float | None
+  ) -> None:
+    """Makes a link slow by `delay_s`, or cuts it (None).
+
+    `lasts_s`: until it is mended; None: never.
+    """
+    if delay_s is None:
+      self.cut.add(link)
+    else:
+      self.delay_s[link] = delay_s
+    self._mends.pop(link, None)
+    if lasts_s is not None:
+      self._mends[link] = time.monotonic() + lasts_s
+
+  def mend(self) -> list[Link]:
+    """Mends the links whose time has come; which they are."""
+    now = time.monotonic()
+    mended = [link for link, at in self._mends.items() if at <= now]
+    for link in mended:
+      self._as_new(link)
+    return mended
+
+  def end(self, rank: int) -> None:
+    """The rank is gone: whoever takes its place has links of its own."""
+    for link in {*self.cut, *self.delay_s, *self._mends}:
+      if rank in link:
+        self._as_new(link)
+
+  def _as_new(self, link: Link) -> None:
+    self.cut.discard(link)
+    self.delay_s.pop(link, None)
+    self._mends.pop(link, None)
 
   @contextlib.contextmanager
   def hooked(self, rank: int, hook: Hook) -> Iterator[None]:
     """Calls `hook` while the attention rank does a step."""
     transport = self._transports[rank]
-    transport.hook = hook
+    transport.begin(hook)
     try:
       yield
     finally:
-      transport.hook = _nothing
+      transport.begin(_nothing)
 
 
 class InlineTransport:
@@ -48,22 +88,27 @@ class InlineTransport:
     self._rank = rank
     self._links = links
     self._inbox: list[tuple[float, Result | Gone]] = []  # due at
+    self.begin(_nothing)
+
+  def begin(self, hook: Hook) -> None:
+    """A step begins, or has ended."""
+    self._hook = hook
     self._layer = -1
-    self.hook: Hook = _nothing
 
   def send(self, rank: int, ticket: int, parcel: Parcel) -> None:
     if parcel.layer != self._layer:  # the first of a layer
       self._layer = parcel.layer
-      self.hook("attention", self._rank, parcel.layer)
-    self.hook("exchange", rank, parcel.layer)
+      self._hook("attention", self._rank, parcel.layer)
+    self._hook("exchange", rank, parcel.layer)
     link = (self._rank, rank)
     if link in self._links.cut:
       return
     due = time.monotonic() + self._links.delay_s.get(link, 0.0)
-    self.hook("experts", rank, parcel.layer)
+    self._hook("experts", rank, parcel.layer)
     expert = self._links.experts.get(rank)
     if expert is None:
-      self._inbox.append((due, Gone(rank)))
+      which = self._links.incarnations.get(rank, 0)
+      self._inbox.append((due, Gone(rank, which)))
       return
     y = expert.compute(parcel.layer, parcel.rows, parcel.token, parcel.slot)
     self._inbox.append((due, Result(rank, ticket, y)))

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from resilient_moe.datapath.exchange import HealingLimits
+from resilient_moe.datapath.healing import HealingLimits
 from resilient_moe.datapath.gather import GatherLimits
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from resilient_moe.datapath.exchange import Exchange, HealingLimits
+from resilient_moe.datapath.exchange import Exchange
+from resilient_moe.datapath.healing import HealingLimits
 from resilient_moe.datapath.routes import ExpertRoutes, Routes
 from resilient_moe.mesh.executables import Executables, Source
 from resilient_moe.mesh.programs import InstanceShape
@@ -45,6 +46,7 @@ class SplitStore:
     self._experts: dict[int, ExpertRank] = {}
     self._routes: Routes | None = None
     self._exchanges: dict[int, tuple[Exchange, ExpertRoutes]] = {}
+    self._traffic: dict[int, tuple[int, int]] = {}  # of those that ended
     self.links = InlineLinks(self._experts)
     self.on_event: OnEvent = lambda name, rank, **facts: None
 
@@ -77,13 +79,14 @@ class SplitStore:
     for held in (self._attention, self._experts):
       if rank in held:
         held.pop(rank).delete()
-    self._exchanges.pop(rank, None)
+    self._disconnect(rank)
+    self.links.end(rank)
 
   def leave(self, rank: int, role: Role) -> None:
     """The rank gives up what it held for a role."""
     held: dict[int, Any] = self._attention
     if role == Role.ATTENTION:
-      self._exchanges.pop(rank, None)
+      self._disconnect(rank)
     else:
       held = self._experts
     held.pop(rank).delete()
@@ -95,6 +98,10 @@ class SplitStore:
   def attends(self, rank: int) -> bool:
     """Whether it holds KV."""
     return rank in self._attention
+
+  def computes(self, rank: int) -> bool:
+    """Whether it holds slots of experts."""
+    return rank in self._experts
 
   def write_slot(
     self, rank: int, slot: int, expert: int, weights: Tree
@@ -149,10 +156,17 @@ class SplitStore:
 
   def traffic(self) -> Mapping[int, tuple[int, int]]:
     """Bytes of embeddings that each rank has sent and got back."""
-    return {
-      rank: (e.sent_bytes, e.returned_bytes)
-      for rank, (e, _) in self._exchanges.items()
-    }
+    return self._traffic | {rank: self._moved(rank) for rank in self._exchanges}
+
+  def _moved(self, rank: int) -> tuple[int, int]:
+    exchange, _ = self._exchanges[rank]
+    sent, returned = self._traffic.get(rank, (0, 0))
+    return sent + exchange.sent_bytes, returned + exchange.returned_bytes
+
+  def _disconnect(self, rank: int) -> None:
+    if rank in self._exchanges:
+      self._traffic[rank] = self._moved(rank)
+      del self._exchanges[rank]
 
   def step(self, rank: int, width: int, ints: np.ndarray, hook: Hook) -> Step:
     """One step of an attention rank; nothing has changed yet."""

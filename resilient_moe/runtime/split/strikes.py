@@ -34,6 +34,7 @@ class Strikes:
     self._attends = attends
     self._strike = strike
     self._armed: list[_Armed] = []
+    self.prefills = False  # the step that is under way
 
   def arm(self, fault: Fault) -> None:
     """Lets a fault strike inside one of the next steps."""
@@ -51,9 +52,14 @@ class Strikes:
       here = stepping in mine if mine else rank in victims
       if place == "attention":
         here = rank in victims
+      here &= armed.fault.phase in ("any", self._phase)
       if armed.place == place and armed.layer == layer and here:
         self._armed.remove(armed)
         self._strike(armed.fault)
+
+  @property
+  def _phase(self) -> str:
+    return "prefill" if self.prefills else "decode"
 
   def between(self) -> None:
     """Between two steps: strikes what has waited for too long."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from resilient_moe.runtime.process import crew as crew_lib
+from resilient_moe.runtime.process import mate as mate_lib
 from resilient_moe.runtime.process.cluster import Cluster
 from resilient_moe.runtime.process.crew import Crew
 from resilient_moe.runtime.process.mate import RanksGone, WorkerFailed
@@ -137,7 +137,7 @@ def team(
     return subprocess.Popen([sys.executable, str(stub), *command[3:]], **kwargs)
 
   instead = types.SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL)
-  monkeypatch.setattr(crew_lib, "subprocess", instead)
+  monkeypatch.setattr(mate_lib, "subprocess", instead)
   monkeypatch.setenv("PYTHONPATH", os.getcwd())
   made = Team(tmp_path, marked)
   yield made
@@ -224,7 +224,8 @@ def test_the_stuck_are_fenced_and_their_return_refused(team: Team) -> None:
   until(heard)
   assert team.of("stale") == [{"epoch": 5, "rank": 1}]
   assert team.crew.take_lost() == ()
-  team.crew._fenced = [(0.0, mate) for _, mate in team.crew._fenced]
+  departed = team.crew._departed
+  departed._fenced = [(0.0, mate) for _, mate in departed._fenced]
   team.crew.look()
   assert not team.crew.lingers(1)
   assert team.marked.pids("rank=1") == []

@@ -15,8 +15,7 @@ import pytest
 
 from resilient_moe.datapath.gather import GatherLimits
 from resilient_moe.datapath.parcels import Gone, Parcel
-from resilient_moe.runtime.process import desk as desks
-from resilient_moe.runtime.process import peers as frames
+from resilient_moe.runtime.process import frames, reception
 from resilient_moe.runtime.process.desk import Desk
 from resilient_moe.runtime.process.link import dial
 from resilient_moe.runtime.process.peers import ComputeFailed, Peers
@@ -375,7 +374,7 @@ def test_a_link_begins_with_who_it_is(lab):
 
 
 def test_nothing_is_left_after_the_end(monkeypatch):
-  monkeypatch.setattr(desks, "HANDSHAKE_S", 1e6)
+  monkeypatch.setattr(reception, "HANDSHAKE_S", 1e6)
   threads = set(threading.enumerate())
   files = set(os.listdir("/proc/self/fd"))
   lab = Lab()
@@ -386,7 +385,7 @@ def test_nothing_is_left_after_the_end(monkeypatch):
   desk.delay(1, 1e6)
   lab.aw(4).send(EW, 1, parcel(1))
   with socket.create_connection(desk.address):  # says nothing
-    until(lambda: desk._greeting)
+    until(lambda: desk._reception._greeting)
     closes = threading.Thread(target=lab.close, daemon=True)
     closes.start()
     closes.join(WAIT_S)

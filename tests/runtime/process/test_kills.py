@@ -159,7 +159,7 @@ def test_the_store_is_an_aid_that_may_die(lab: Lab, runs: Runs) -> None:
   assert first["kind"] == "restore"
   assert first["bytes"] > 0
   texts = " ".join(kinds(events, "warning", "text"))
-  assert "the KV store is gone" in texts
+  assert "KV store 0 is gone: requests of ranks [" in texts
   assert later
   assert {e["kind"] for e in later} <= {"recompute", "requeue"}
 

@@ -1,131 +1,44 @@
 """Who streams to whom and which copy serves, over a crew that only notes."""
 
-import types
-from collections.abc import Mapping
-from typing import Any
+import os
+import signal
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from resilient_moe.recovery.view import Tier
-from resilient_moe.runtime.process import kv_store
-from resilient_moe.runtime.process.kv_copies import HOST, KVCopies
-from resilient_moe.runtime.process.mate import Answers
+from resilient_moe.runtime.process.kv_copies import HOST
+from resilient_moe.runtime.process.stores import Stores
 from resilient_moe.serving.backend import Placed
-from resilient_moe.serving.scheduler import Chunk, Row
-
-KEY = b"key of a test"
-ROWS = 2
-MESH = (0, 1, 2)
-Each = Mapping[int, Mapping[str, Any]]
-
-
-class Crew:
-  """Ranks that do nothing; what they were told and asked is kept."""
-
-  authkey = KEY
-
-  def __init__(self, *ranks: int) -> None:
-    self.there = set(ranks)
-    self.fenced: set[int] = set()
-    self.told: list[tuple[str, int, dict]] = []
-    self.asked: list[tuple[str, int, dict]] = []
-    self.mirrors: dict[int, dict[str, int]] = {}
-    self.rows: dict[str, tuple[int, int, str]] = {}
-
-  def alive(self, rank: int) -> bool:
-    return rank in self.there
-
-  is_up = alive
-
-  def ranks(self) -> tuple[int, ...]:
-    return tuple(sorted(self.there))
-
-  def lingers(self, rank: int) -> bool:
-    return rank in self.fenced
-
-  def mate(self, rank: int) -> Any:
-    up = types.SimpleNamespace(data=address(rank))
-    return types.SimpleNamespace(up=up)
-
-  def tell(self, each: Each, op: str) -> None:
-    self.told += [(op, r, dict(args)) for r, args in each.items()]
-
-  def call(self, each: Each, op: str) -> Answers:
-    self.asked += [(op, r, dict(args)) for r, args in each.items()]
-    answer = {"records": self._records, "rows": self._rows}
-    values = {
-      r: answer.get(op, lambda *_: 0)(r, args) for r, args in each.items()
-    }
-    return Answers(values, {}, ())
-
-  def _records(self, rank: int, args: Mapping[str, Any]) -> dict[str, int]:
-    return self.mirrors.get(rank, {})
-
-  def _rows(self, rank: int, args: Mapping[str, Any]) -> list:
-    return [
-      (row["request_id"], *self.rows.get(row["request_id"], (7, 70, "")))
-      for row in args["rows"]
-    ]
-
-  def take(self, op: str) -> dict[int, dict]:
-    """What ranks were told of a kind since the last time."""
-    found = {r: args for kind, r, args in self.told if kind == op}
-    self.told = [t for t in self.told if t[0] != op]
-    return found
-
-
-class Copies(KVCopies):
-  """With the warnings that it wrote."""
-
-  def __init__(self, mode: str, crew: Crew, store: Any = None) -> None:
-    self.warnings: list[str] = []
-    self.sums: list[dict[str, Any]] = []
-    super().__init__(mode, crew, store, ROWS, self._note)  # type: ignore
-
-  def _note(self, event: str, **fields: Any) -> None:
-    if event == "warning":
-      self.warnings.append(fields["text"])
-    else:
-      self.sums.append({"event": event, **fields})
-
-
-def address(rank: int) -> tuple[str, int]:
-  return "127.0.0.1", 1000 + rank
-
-
-def batch(
-  *rows: tuple[int, int, str, int], mesh: Any = MESH, **more: Any
-) -> Any:
-  """Decode rows (place, row, request, position) of a step."""
-  decoding = tuple(Row(*r, samples=True) for r in rows)
-  fields = {"chunks": (), "retired": (), **more}
-  return types.SimpleNamespace(mesh=mesh, rows=decoding, **fields)
-
-
-def serve(copies: KVCopies, *args: Any, **kwargs: Any) -> None:
-  """A step that counts."""
-  step = batch(*args, **kwargs)
-  copies.seats(step)
-  copies.committed(step)
-
-
-def rebased(copies: KVCopies, crew: Crew) -> dict[str, tuple[int, int, int]]:
-  """What is streamed anew: request -> rank, row, tokens."""
-  for _ in range(9):
-    copies.rebase_one()
-  told = [(r, a) for op, r, a in crew.told if op == "rebase"]
-  crew.take("rebase")
-  return {a["request_id"]: (r, a["row"], a["tokens"]) for r, a in told}
-
-
-def targets(crew: Crew) -> dict[int, Any]:
-  return {r: a["address"] for r, a in crew.take("stream_to").items()}
+from resilient_moe.serving.scheduler import Chunk
+from tests.runtime.process.copies import (
+  KEY,
+  MESH,
+  ROWS,
+  SHAPE,
+  Copies,
+  Crew,
+  address,
+  batch,
+  keep,
+  rebased,
+  serve,
+  targets,
+  until,
+)
 
 
 @pytest.fixture
-def store() -> Any:
-  made = kv_store.start((2, 2, 32, 8), "float32", KEY)
+def store() -> Iterator[Stores]:
+  made = Stores(1, SHAPE, "float32", KEY)
+  yield made
+  made.close()
+
+
+@pytest.fixture
+def stores() -> Iterator[Stores]:
+  made = Stores(2, SHAPE, "float32", KEY)
   yield made
   made.close()
 
@@ -143,11 +56,11 @@ def test_each_streams_to_the_next_and_a_single_one_to_nobody() -> None:
   assert targets(crew) == {0: None}
 
 
-def test_all_stream_to_the_store(store: Any) -> None:
+def test_all_stream_to_the_store(store: Stores) -> None:
   crew = Crew(*MESH)
   copies = Copies("host", crew, store)
   copies.ring(MESH)
-  assert targets(crew) == dict.fromkeys(MESH, store.address)
+  assert targets(crew) == dict.fromkeys(MESH, store.addresses()[0])
   crew.there.discard(1)
   copies.lost([1])
   copies.ring((0, 2))
@@ -231,7 +144,7 @@ def test_whom_a_holder_refused_streams_anew_once() -> None:
 
 
 def test_that_the_store_stopped_is_said_of_a_peer_it_is_known(
-  store: Any,
+  store: Stores,
 ) -> None:
   for mode, warnings in (("host", ["it stopped"]), ("peer", [])):
     copies = Copies(mode, Crew(*MESH), store)
@@ -295,17 +208,24 @@ def test_what_the_dead_sent_is_awaited_once_and_the_stuck_never() -> None:
   assert asked == [[1], []]
 
 
-def test_a_dead_store_leaves_a_warning_and_nothing_else(store: Any) -> None:
+def test_a_dead_store_leaves_a_warning_and_nothing_else(
+  store: Stores,
+) -> None:
   crew = Crew(*MESH)
   copies = Copies("host", crew, store)
+  copies.ring(MESH)
+  targets(crew)
   assert copies.records() == {}
   assert copies.warnings == []
-  store.process.kill()
-  store.process.wait()
+  os.kill(store.pids[0], signal.SIGKILL)
   copies.lost([1])
+  until(lambda: copies.look() or copies.warnings)
+  copies.look()
+  assert copies.warnings == [
+    "KV store 0 is gone: requests of ranks [0, 2] are prefilled when they move"
+  ]
   assert copies.records() == {}
-  (text,) = copies.warnings
-  assert text.startswith("the KV store is gone, requests are prefilled")
+  assert targets(crew) == {}, "there is no other"
   assert copies.restore(
     (Placed("a", 1, 0, 0, 0, 4),), Tier.HOST, np.array([True, False, True])
   ) == ({}, 0)
@@ -313,10 +233,63 @@ def test_a_dead_store_leaves_a_warning_and_nothing_else(store: Any) -> None:
   assert [s["event"] for s in copies.sums] == ["checkpoint"]
 
 
-def test_the_host_is_the_holder_of_what_the_store_keeps(store: Any) -> None:
+def test_the_host_is_the_holder_of_what_the_store_keeps(
+  store: Stores,
+) -> None:
   copies = Copies("host", Crew(*MESH), store)
-  client = copies._client
-  assert client is not None
-  client.records = lambda: {"a": 4}  # type: ignore[method-assign]
+  keep(copies, store, 0, {"a": 4})
   assert copies.records() == {"a": (4, HOST)}
   copies.close(MESH)
+
+
+def test_a_store_that_dies_unnoticed_is_warned_of(store: Stores) -> None:
+  copies = Copies("host", Crew(*MESH), store)
+  address = store.addresses()[0]
+  store.kill(0)
+  # As if it had died between the look at it and the question.
+  store.addresses = lambda: {0: address}  # type: ignore[method-assign]
+  assert copies.records() == {}
+  (text,) = copies.warnings
+  assert text.startswith("the KV store is gone, requests are prefilled")
+
+
+def test_ranks_are_spread_over_the_stores_and_the_longest_copy_serves(
+  stores: Stores,
+) -> None:
+  crew = Crew(*MESH)
+  copies = Copies("host", crew, stores)
+  at = stores.addresses()
+  copies.ring(MESH)
+  assert targets(crew) == {0: at[0], 1: at[1], 2: at[0]}
+  keep(copies, stores, 0, {"a": 4, "b": 7})
+  keep(copies, stores, 1, {"a": 9})
+  assert copies.records() == {"a": (9, HOST), "b": (7, HOST)}
+  placed = tuple(Placed(n, 1, 0, 0, 1, 9) for n in "ab")
+  copies.restore(placed, Tier.HOST, np.array([True, False, True]))
+  ((asked),) = [args["rows"] for op, _, args in crew.asked if op == "rows"]
+  assert {r["request_id"]: r["address"] for r in asked} == {
+    "a": at[1], "b": at[0]
+  }  # fmt: skip
+
+
+def test_who_streamed_to_a_dead_store_streams_everything_to_another(
+  stores: Stores,
+) -> None:
+  crew = Crew(*MESH)
+  copies = Copies("host", crew, stores)
+  copies.ring(MESH)
+  targets(crew)
+  left = stores.addresses()[1]
+  serve(copies, (0, 0, "a", 4), (1, 0, "b", 5), (2, 1, "c", 6))
+  stores.kill(0)
+  copies.look()
+  copies.look()
+  assert copies.warnings == [
+    "KV store 0 is gone: requests of ranks [0, 2] stream to another"
+  ]
+  assert targets(crew) == {0: left, 2: left}
+  assert rebased(copies, crew) == {"a": (0, 0, 5), "c": (2, 1, 7)}
+  crew.there.discard(1)
+  copies.lost([1])
+  copies.ring(MESH)
+  assert targets(crew) == {1: left}, "nobody is sent to a dead one"

@@ -14,11 +14,11 @@ import pytest
 
 from resilient_moe.datapath.gather import GatherLimits
 from resilient_moe.datapath.parcels import Gone, Parcel, Result
-from resilient_moe.runtime.process import peers as frames
+from resilient_moe.runtime.process import frames
 from resilient_moe.runtime.process.desk import Desk
 from resilient_moe.runtime.process.link import Link
 from resilient_moe.runtime.process.mirror import named_dtype
-from resilient_moe.runtime.process.peers import Frame, Peers
+from resilient_moe.runtime.process.peers import ComputeFailed, Peers
 
 KEY = b"key of a test"
 HOST = "127.0.0.1"
@@ -236,7 +236,7 @@ def test_an_ew_that_talks_nonsense_is_gone(peers, raw, data, complaint):
 
 def test_a_frame_in_pieces_is_one_answer(peers, raw):
   y = np.arange(6, dtype=np.float32).reshape(2, 3)
-  data = b"".join(Frame(frames.RESULT, 9, 0, False, y).buffers())
+  data = b"".join(frames.Frame(frames.RESULT, 9, 0, False, y).buffers())
   for byte in data[:-1]:
     raw.sendall(bytes([byte]))
     assert peers.receive(0) == []
@@ -256,10 +256,10 @@ def test_what_came_beside_a_failure_is_kept(peers, raw):
   peers.connect(4, desk.address, 1)
   peers.send(4, 1, ONE)
   y = np.ones((1, 1), np.float32)
-  raw.sendall(b"".join(Frame(frames.RESULT, 2, 0, False, y).buffers()))
+  raw.sendall(b"".join(frames.Frame(frames.RESULT, 2, 0, False, y).buffers()))
   for rank in (3, 4):  # both are here before either is read
     assert select.select([peers._pipes[rank]._end], [], [], WAIT_S)[0]
-  with pytest.raises(frames.ComputeFailed, match="EW 4.*no such slot"):
+  with pytest.raises(ComputeFailed, match="EW 4.*no such slot"):
     peers.receive(WAIT_S)
   assert [r.ticket for r in peers.receive(WAIT_S)] == [2]
   desk.close()
@@ -269,14 +269,14 @@ def test_answers_around_a_failure_are_kept(peers, raw):
   y = np.ones((1, 1), np.float32)
   text = np.frombuffer(b"no such slot", np.uint8)[:, None]
   for kind, ticket, data in [(1, 1, y), (2, 2, text), (1, 3, y)]:
-    raw.sendall(b"".join(Frame(kind, ticket, 0, False, data).buffers()))
+    raw.sendall(b"".join(frames.Frame(kind, ticket, 0, False, data).buffers()))
   raw.shutdown(socket.SHUT_WR)
   come: list = []
-  failures: list[frames.ComputeFailed] = []
+  failures: list[ComputeFailed] = []
   while Gone(3) not in come:
     try:
       come += peers.receive(WAIT_S)
-    except frames.ComputeFailed as error:
+    except ComputeFailed as error:
       failures.append(error)
   assert [r.ticket for r in come[:-1]] == [1, 3]
   (failure,) = failures
@@ -314,7 +314,7 @@ def test_a_computation_must_return_one_row_an_assignment(peers, y):
   desk = Desk(HOST, KEY, lambda *_: y, GatherLimits())
   peers.connect(3, desk.address, 1)
   peers.send(3, 1, ONE)
-  with pytest.raises(frames.ComputeFailed, match="EW 3, ticket 1: ValueError"):
+  with pytest.raises(ComputeFailed, match="EW 3, ticket 1: ValueError"):
     peers.receive(WAIT_S)
   desk.close()
 
