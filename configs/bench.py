@@ -4,8 +4,8 @@
   python -m experiments.bench --config=configs/bench.py --workdir=DIR \
       --config.only=stall,checkpoint
 
-Expected on 2 idle cores: about 40 minutes for everything, most of it `stall`
-with the larger model. `--config.quick=True` takes the same path with tiny
+Expected on 2 idle cores: about an hour for everything, most of it `stall` with
+the larger model; each `split_*` takes 1 to 5 minutes. `--config.quick=True` takes the same path with tiny
 sizes in a minute; its numbers mean nothing.
 """
 
@@ -56,6 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
         "new_tokens": (110, 150),
         "temperatures": (0.0, 0.0, 0.8),
       },
+      "split": False,
       "fault_step": 60,  # everybody decodes, at contexts of 1,030 to 1,910
       "seeds": (0, 1),
       "kv_restore_steps": 10.0,
@@ -70,6 +71,33 @@ def get_config() -> ml_collections.ConfigDict:
   config.dispatch_ranks = (2, 4, 8)
   config.contexts = (256, 1024)  # of `layout`
   config.pause_s = 0.0  # between two steps of `ready`
+  config.split = {
+    "ranks": 6,
+    "attention": 2,
+    "processes": (4, 6),  # collocated beside it; their rows are as many
+    "block_steps": 24,
+    "restore_tokens": (64, 128, 256, 512, 1024),
+    "restore_repeats": 5,
+    "pingpong_rows": (4, 8, 16, 32, 64),
+    # n_kv_heads * head_dim : top_k * d_model = 1 : 8, as 8 * 128 : 2 * 4096.
+    "shape": {
+      "n_layers": 4,
+      "d_model": 128,
+      "n_heads": 8,
+      "n_kv_heads": 2,
+      "head_dim": 16,
+      "n_experts": 8,
+      "top_k": 2,
+      "expert_width": 448,
+    },
+    "stall": {
+      "ranks": 6,
+      "attention": 2,
+      "scenarios": "ew_lost,aw_lost",
+      "policies": "restart_cached,tarragon",
+      "seeds": "0,1,2",
+    },
+  }
 
   # What `quick` puts in place of the above.
   tiny = {
@@ -107,6 +135,17 @@ def get_config() -> ml_collections.ConfigDict:
     "cache_lens": (32, 64),
     "dispatch_ranks": (2,),
     "contexts": (32,),
+    "split": {
+      **config.split.to_dict(),
+      "ranks": 3,
+      "attention": 1,
+      "processes": (2,),
+      "block_steps": 2,
+      "restore_tokens": (16,),
+      "restore_repeats": 1,
+      "pingpong_rows": (2,),
+      "shape": tiny["model"],
+    },
     "pause_s": 0.05,  # else a busy machine starves the compiler
   }
   return config

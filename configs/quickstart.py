@@ -21,6 +21,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.runtime = "emulated"
   config.deployment = "collocated"
   config.ranks = 8
+  config.attention = 0  # disaggregated: how many of them attend
+  config.exchange = {}  # disaggregated: as --config.exchange.dedup=False
   config.options = {"rows": 4, "max_len": 384, "chunk": 64}
 
   # Four requests a rank, all of them in mid-decode when the fault strikes.

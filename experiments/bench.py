@@ -16,6 +16,13 @@ samples; the end is DIR/bench.md: target, measured, met.
   layout      slots against gathered pages
   steps       where a decode step's host time goes
   processes   the same on operating-system processes, and what readiness takes
+And of attention and experts apart (disaggregated):
+  split_throughput          decode against collocated, and where its time goes
+  split_process_throughput  the same on operating-system processes
+  split_checkpoint          the KV store's cost and its bytes, on processes
+  split_restore             KV from the store against running a request again
+  split_pingpong            two half batches in turn against a whole one
+  split_stall               waits after killed workers, beside a restart
 
 Exit status: 0 (also where a target is missed: bench.md says so); 2 for bad
 input.
@@ -53,6 +60,12 @@ BENCHMARKS = {
     "ready",
     "stall",
     "processes",
+    "split_throughput",
+    "split_process_throughput",
+    "split_checkpoint",
+    "split_restore",
+    "split_pingpong",
+    "split_stall",
   )
 }
 
@@ -117,7 +130,7 @@ def run(
   for name in names:
     start = time.monotonic()
     # These have engines of their own, and the machine for them.
-    if name in ("stall", "processes"):
+    if name in ("stall", "processes") or name.startswith("split_"):
       bench_engine.close_all()
     result = importlib.import_module(BENCHMARKS[name]).run(settings, workdir)
     results.append(result)
@@ -138,7 +151,9 @@ def main(argv: Sequence[str]) -> int:
   try:
     config, workdir = parse(argv)
     settings = models.read(config)
-    needed = max(settings.ranks, *settings.dispatch_ranks)
+    needed = max(
+      settings.ranks, settings.split.ranks, *settings.dispatch_ranks
+    )
     jax.config.update("jax_num_cpu_devices", needed)
     jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.ERROR)  # orbax tells much

@@ -16,6 +16,7 @@ from resilient_moe.runtime import assemble
 from resilient_moe.runtime.case import Case
 from resilient_moe.runtime.channel import ChannelRecorder
 from resilient_moe.runtime.process import supervise
+from resilient_moe.runtime.split import start as split_start
 from resilient_moe.serving.scheduler import (
   StepBatch,
   admit,
@@ -58,17 +59,35 @@ class Engine:
     policy: str,
     kwargs: Mapping[str, Any],
     ranks: int = 0,
+    attention: int = 0,
+    exchange: Mapping[str, Any] | None = None,
+    tag: str = "",
   ) -> None:
-    """`ranks`: on so many processes; 0: on the settings' emulated ranks."""
+    """Starts it.
+
+    Args:
+      name: The model's.
+      model: What it is, with its load.
+      settings: The benchmarks'.
+      workdir: Where random weights and what the engine writes go.
+      policy: What is kept standing.
+      kwargs: The policy's.
+      ranks: On so many processes; 0: on the settings' emulated ranks.
+      attention: Of the ranks, those that only attend; 0: collocated.
+      exchange: Fields of `ExchangeOptions`.
+      tag: Tells engines of one model and policy apart.
+    """
     folder = models.folder_of(name, model, workdir)
     case = Case(
       str(folder), policy, dict(kwargs), "bench", model.seeds[0],
-      "process" if ranks else "emulated", "collocated",
+      "process" if ranks else "emulated",
+      "disaggregated" if attention else "collocated",
       ranks or settings.ranks, dict(model.options), (), (), wait_ready=False,
+      attention=attention, exchange=exchange or {},
     )  # fmt: skip
     fresh = assemble.Fresh()
     self.plans = assemble.plan_instance(case, fresh)
-    self.scratch = workdir / "scratch" / f"{name}-{policy}"
+    self.scratch = workdir / "scratch" / f"{name}-{policy}{tag}"
     shutil.rmtree(self.scratch, ignore_errors=True)
     self.scratch.mkdir(parents=True)
     self.recorder = ChannelRecorder(lambda line: None, time.monotonic())
@@ -79,7 +98,8 @@ class Engine:
       )
     else:
       devices = models.devices(settings.ranks + self.plans.policy.spares)
-      self.backend = assemble.assemble(
+      build = split_start.assemble if attention else assemble.assemble
+      self.backend = build(
         case, self.plans, fresh, devices, self.scratch, self.recorder
       )
     self.number = 0
@@ -104,13 +124,18 @@ class Engine:
         return state
       state, _, _ = complete(state, batch, self.backend.step(batch))
 
-  def batch(self, state: SchedulerState) -> StepBatch:
-    """The next step from a state; each has a number of its own."""
+  def batch(
+    self, state: SchedulerState, mesh: tuple[int, ...] | None = None
+  ) -> StepBatch:
+    """The next step from a state; each has a number of its own.
+
+    `mesh`: of these ranks; None: of all that have requests.
+    """
     view = self.backend.view()
     self.number += 1
     batch = schedule(
       state, number=self.number, epoch=view.epoch, chunk=self.chunk,
-      rows=view.rows_per_rank,
+      rows=view.rows_per_rank, mesh=mesh,
     )  # fmt: skip
     assert batch is not None
     return batch

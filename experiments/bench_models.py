@@ -32,6 +32,34 @@ class Model:
   fault_step: int
   seeds: tuple[int, ...]
   kv_restore_steps: float  # the target, in median steps
+  split: bool = True  # whether the disaggregated deployment is measured too
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """What is measured of the disaggregated deployment.
+
+  Attributes:
+    ranks: attention and expert ranks together.
+    attention: of them, attention ranks.
+    processes: ranks of the collocated engines on processes beside it.
+    block_steps: steps of a block on processes.
+    restore_tokens: lengths of the requests that are restored.
+    restore_repeats: how often each is restored, prefilled and run again.
+    pingpong_rows: rows of the whole batches.
+    shape: fields of `ModelConfig`, a model with Mixtral-8x7B's ratios.
+    stall: keys of a comparison (`configs/processes.py`) that are different.
+  """
+
+  ranks: int
+  attention: int
+  processes: tuple[int, ...]
+  block_steps: int
+  restore_tokens: tuple[int, ...]
+  restore_repeats: int
+  pingpong_rows: tuple[int, ...]
+  shape: Mapping[str, Any]
+  stall: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +78,11 @@ class Settings:
   dispatch_ranks: tuple[int, ...]
   contexts: tuple[int, ...]
   pause_s: float
+  split: "Split"
+
+  def apart(self) -> dict[str, Model]:
+    """The models that the disaggregated deployment is measured with."""
+    return {name: m for name, m in self.models.items() if m.split}
 
 
 def read(config: ml_collections.ConfigDict) -> Settings:
@@ -73,7 +106,8 @@ def read(config: ml_collections.ConfigDict) -> Settings:
         f"{', '.join(models)}"
       )
     models = {n: m for n, m in models.items() if not names or n in names}
-    return Settings(policies=policies, models=models, **fields)
+    split = Split(**fields.pop("split"))
+    return Settings(policies=policies, models=models, split=split, **fields)
   except TypeError as error:
     keys = ", ".join(f.name for f in dataclasses.fields(Settings))
     raise ValueError(f"config: {error}; keys: {keys}") from error

@@ -5,12 +5,14 @@ from typing import Any
 
 from resilient_moe.report import checkers as checkers_lib
 from resilient_moe.report.checkers import Checker, Value, Verdict
+from resilient_moe.report.confined import confined
 from resilient_moe.report.exactness import exactness
 from resilient_moe.report.history import Event
 
 CHECKERS: dict[str, Checker] = {
     "accounting": checkers_lib.accounting,
     "completeness": checkers_lib.completeness,
+    "confined": confined,
     "epochs_monotone": checkers_lib.epochs_monotone,
     "exactness": exactness,
     "fencing": checkers_lib.fencing,

@@ -8,7 +8,7 @@ faults in one run: the stalls of all are put together; of the phases
 
 import dataclasses
 
-from resilient_moe.report import exactness, latency
+from resilient_moe.report import exactness, latency, traffic
 from resilient_moe.report import ledger as ledger_lib
 from resilient_moe.report import phases as phases_lib
 from resilient_moe.report import stalls as stalls_lib
@@ -182,6 +182,7 @@ def measure(
       "ttft_slo_s": ttft_slo_s,
       "tbt_slo_s": tbt_slo_s,
       **_work_metrics(events),
+      **traffic.traffic_metrics(events),
       **_answer_metrics(events, twin),
       "step_s": stalls_lib.median(found.step_s),
       "usual_gap_s": found.norm.answer_gap_s,

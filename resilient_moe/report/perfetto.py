@@ -26,6 +26,7 @@ _SHORT = {"attention": "AW", "expert": "EW", "collocated": "rank"}
 _BINS = 2000  # points of the counter; beyond it viewers get slow
 _ROWS = {
     "faults": ("fault", "failure"),
+    "healing": ("healed",),
     "plans": ("plan", "infeasible", "resumed"),
     "membership": ("epoch", "redundancy", "stale"),
     "requests": ("requests_moved", "failed", "shed"),
@@ -40,6 +41,7 @@ _TITLES = {
     "epoch": "epoch {epoch}",
     "failure": "failure: {kind} {ranks}",
     "fault": "fault: {kind} {ranks}",
+    "healed": "AW {by} healed from {rank}",
     "requests_moved": "{kind}",
 }
 
@@ -145,13 +147,22 @@ def _recovery(events: list[Event]) -> list[_Slice]:
   return found
 
 
+def _row_of(event: Event) -> str | None:
+  """The row of the orchestrator that shows an event; None: not shown."""
+  kind = event["event"]
+  if kind == "step" and "domain" in event:
+    # Each steps by itself: what overlaps there is no error of a clock.
+    return f"steps of {'+'.join(map(str, event['domain']))}"
+  return event["part"] if kind == "action" else _ROW_OF.get(kind)
+
+
 def _history(events: list[Event], process: _Process) -> None:
   """The rows of the orchestrator."""
   rows: dict[str, list[_Slice]] = {"recovery": _recovery(events)}
-  stepped_s = -math.inf
+  stepped_s: dict[str, float] = {}  # by row
   for event in events:
     kind, end_s = event["event"], event["t"]
-    row = event["part"] if kind == "action" else _ROW_OF.get(kind)
+    row = _row_of(event)
     if row is None:
       continue
     if "seconds" not in event:
@@ -161,7 +172,8 @@ def _history(events: list[Event], process: _Process) -> None:
     start_s = end_s - event["seconds"]
     if kind == "step":
       # Timed where it ran, stamped at the gateway: it may seem to overlap.
-      start_s, stepped_s = max(start_s, stepped_s), end_s
+      start_s = max(start_s, stepped_s.get(row, -math.inf))
+      stepped_s[row] = end_s
     found = _slice(start_s, end_s, _title(event), _details(event))
     rows.setdefault(row, []).append(found)
   for row, slices in rows.items():

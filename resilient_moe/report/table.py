@@ -35,6 +35,19 @@ SHOWN = (
     "requests_lost",
     "tokens_exact",
 )
+# Of deployments whose attention and expert ranks are apart.
+SHOWN_APART = (
+    "healed_s",
+    "exchange_bytes",
+    "checkpoint_bytes",
+    "checkpoint_ratio",
+)
+
+
+def shown(rows: Iterable[Row]) -> tuple[str, ...]:
+  """The columns of a readable table of these rows."""
+  apart = any(row.deployment == "disaggregated" for row in rows)
+  return SHOWN + (SHOWN_APART if apart else ())
 
 
 def short(value: float) -> str:
@@ -169,10 +182,11 @@ def to_markdown(rows: Iterable[Row]) -> str:
   for scenario in dict.fromkeys(row.scenario for row in rows):
     mine = [row for row in rows if row.scenario == scenario]
     kinds = sorted({f"{row.runtime}, {row.deployment}" for row in mine})
-    header = ["policy", "runtime", "seeds", "verdict", *SHOWN]
+    columns = shown(mine)
+    header = ["policy", "runtime", "seeds", "verdict", *columns]
     body = [
         [row.policy, row.runtime, str(row.seeds), verdict_cell(row)]
-        + [cell(row, name) for name in SHOWN]
+        + [cell(row, name) for name in columns]
         for row in mine
     ]
     parts.append(
@@ -197,5 +211,5 @@ def write_tables(folder: Path, **slo: float) -> list[Row]:
   place = pathlib.Path(folder)
   write_text(place / "table.csv", to_csv(rows))
   write_text(place / "table.md", to_markdown(rows))
-  write_text(place / "table.tex", latex(rows, SHOWN, cell, verdict_cell))
+  write_text(place / "table.tex", latex(rows, shown(rows), cell, verdict_cell))
   return rows

@@ -20,3 +20,14 @@ def kinds(actions):
 
 def only(actions, kind):
   return [a for a in actions if isinstance(a, kind)]
+
+
+def on(view, rank):
+  """Ids of the requests that sit on `rank`."""
+  return {view.requests.request_id[i] for i in view.requests.on([rank])}
+
+
+def done(view, plan):
+  """The views after `resume` and after `repair`."""
+  after = rm.advance_all(view, rm.ordered(plan.resume))
+  return after, rm.advance_all(after, rm.ordered(plan.repair))

@@ -201,3 +201,22 @@ def test_the_cheapest_is_the_one_with_checkpointed_kv():
   _, plan = recovered("cheapest")
   assert only(plan.resume, rm.RestoreKV)
   assert not only(plan.resume, rm.RestartInstance)
+
+
+def test_eep_repairs_several_lost_ranks_from_where_it_is_nearest():
+  lost = rm.RanksLost((3, 4))
+  view, plan = recovered("eep", lost, replicas=8, losses=2)
+  gone = {6, 7, 8, 9}  # 0 to 7 have a second copy: nothing to bring
+  (copy,) = only(plan.resume, rm.CopyExperts)
+  alive = {e for e in gone if cases.held(view, e)}
+  assert alive
+  assert {m.expert for m in copy.moves} == gone - alive
+  assert copy.tier == rm.Tier.HOST
+  (ended,) = only(plan.resume, rm.FailRequests)
+  assert ended.requests == ("r0003", "r0004", "r0011", "r0012")
+  assert all(c.tier == rm.Tier.PEER for c in only(plan.repair, rm.CopyExperts))
+  assert [a.rank for a in only(plan.repair, rm.Rejoin)] == [3, 4]
+  _, plan = recovered("eep", rm.RanksLeaving((3,), 1.0))
+  (copy,) = only(plan.resume, rm.CopyExperts)
+  assert copy.tier == rm.Tier.PEER
+  assert not only(plan.resume, rm.FailRequests)

@@ -48,6 +48,13 @@ def test_as_many_copies_as_fit_and_no_more(budget, copies, apart):
     assert len(found) * view.expert_bytes <= float(budget[:-2]) * MB
 
 
+def test_mb_is_a_million_and_mib_a_power_of_two():
+  view = rm.bare_view(8, 16, expert_bytes=1 << 20)
+  for budget, copies in (("1MB", 0), ("1MiB", 1), ("9MB", 8), ("0.01GiB", 10)):
+    standing = rm.load("replica_promotion", replicas=budget).prepare(view)
+    assert len(extras(view, standing)) == copies
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_a_random_budget_is_never_exceeded(seed):
   rng = np.random.default_rng(seed)

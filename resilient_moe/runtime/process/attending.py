@@ -119,6 +119,15 @@ class Attending:
     self._span("finish", self._mark_s, time.monotonic())
     return self._step.tokens
 
+  def probe(self, width: int, ints: np.ndarray) -> np.ndarray:
+    """Tokens of a step that is never committed nor streamed.
+
+    It may come between another step and the commit of that.
+    """
+    assert self._exchange is not None, "no routes yet"
+    self._mark_s = time.monotonic()
+    return self.rank.step(width, ints, self).tokens
+
   def run(
     self, layer: int, h: np.ndarray, experts: np.ndarray, live: np.ndarray
   ) -> np.ndarray:

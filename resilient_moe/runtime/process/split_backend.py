@@ -105,14 +105,14 @@ class SplitProcess(ProcessBackend):
     return np.asarray(tokens)
 
   def probe(self, ints: np.ndarray) -> np.ndarray:
-    """A wide step of each attention rank without a commit."""
+    """A wide step of each attention rank, without a commit."""
     width = self.shape.options.chunk
     calls = {
       rank: {"width": width, "ints": ints[i : i + 1]}
       for i, rank in enumerate(self._attending())
     }
-    said = self.crew.call(calls, "step").good()
-    return np.concatenate([said[rank][0] for rank in calls])
+    said = self._pulled(calls, "probe")
+    return np.concatenate([said[rank] for rank in calls])
 
   # -- failures
 

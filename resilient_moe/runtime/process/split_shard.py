@@ -25,6 +25,7 @@ from resilient_moe.recovery.actions import Move
 from resilient_moe.recovery.view import Tier
 from resilient_moe.report.spans import Spans
 from resilient_moe.runtime.process.attending import Attending
+from resilient_moe.runtime.process.compiles import Compiles
 from resilient_moe.runtime.process.data import (
   DRAIN_S,
   DataClient,
@@ -70,6 +71,7 @@ class SplitShard:
     seconds: dict[str, float] = {}
     stages = Stages(seconds.__setitem__)
     jax.config.update("jax_enable_compilation_cache", False)
+    self._compiles = Compiles()
     self._device = jax.local_devices()[0]
     stages.done("devices")
     self.weights = WeightTiers(pathlib.Path(setup.checkpoint))
@@ -168,6 +170,10 @@ class SplitShard:
     found, attending.found = attending.found, []
     own_s = end - start - attending.waited_s
     return tokens, own_s, end - start, found, *attending.refused()
+
+  def probe(self, width: int, ints: np.ndarray) -> np.ndarray:
+    """Tokens [1, B + 1] of a step that changes nothing."""
+    return self._attend().probe(width, ints)
 
   def commit(self, segments: list, retired: tuple[str, ...]) -> None:
     """The step counts: into the cache, and the commit record to the store."""
@@ -275,6 +281,10 @@ class SplitShard:
   def done(self) -> int:
     """All calls before this one are done; KV bytes streamed so far."""
     return self._attending.settled() if self._attending is not None else 0
+
+  def compiled(self) -> int:
+    """Programs that this process has compiled; nobody should."""
+    return self._compiles.count
 
   def traffic(self) -> tuple[int, int]:
     """Bytes of embeddings sent to expert workers, and got back.
