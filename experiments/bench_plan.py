@@ -72,6 +72,7 @@ def _with_spares(view: ClusterView, count: int) -> ClusterView:
     for name, old, new in (
       ("status", view.status, Status.SPARE),
       ("role", view.role, view.role[0]),
+      ("home", view.home, view.home[0]),
       ("host", view.host, view.host[-1]),
       ("rack", view.rack, view.rack[-1]),
       ("slots", view.slots, -1),

@@ -68,6 +68,7 @@ class Facts:
 
   def launching(self, rank: int) -> None:
     """A replacement is on its way: another device, nothing made ready."""
+    self.role(rank, Role(self._view.home[rank]))
     view = self._view
     status = view.status.copy()
     status[rank] = Status.LAUNCHING
