@@ -5,8 +5,8 @@
       --config.only=stall,checkpoint
 
 Expected on 2 idle cores: about an hour for everything, most of it `stall` with
-the larger model; each `split_*` takes 1 to 5 minutes. `--config.quick=True` takes the same path with tiny
-sizes in a minute; its numbers mean nothing.
+the larger model; each `split_*` takes 1 to 5 minutes. `--config.quick=True`
+takes the same path with tiny sizes in some minutes; its numbers mean nothing.
 """
 
 import ml_collections
@@ -91,8 +91,6 @@ def get_config() -> ml_collections.ConfigDict:
       "expert_width": 448,
     },
     "stall": {
-      "ranks": 6,
-      "attention": 2,
       "scenarios": "ew_lost,aw_lost",
       "policies": "restart_cached,tarragon",
       "seeds": "0,1,2",
@@ -137,8 +135,8 @@ def get_config() -> ml_collections.ConfigDict:
     "contexts": (32,),
     "split": {
       **config.split.to_dict(),
-      "ranks": 3,
-      "attention": 1,
+      "ranks": 4,
+      "attention": 2,
       "processes": (2,),
       "block_steps": 2,
       "restore_tokens": (16,),

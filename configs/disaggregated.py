@@ -27,8 +27,8 @@ in table.md:
   from them `affected_speedup_vs_restart` of the others;
 - `checkpoint_ratio`: KV checkpoints over embeddings on the links.
 
-`python -m experiments.trace --run=DIR/ew_lost/tarragon/seed0` draws one run; add
-`--config.exchange.trace=True` above to see every worker in it. A small
+`python -m experiments.trace --run=DIR/ew_lost/tarragon/seed0` draws one run;
+add `--config.exchange.trace=True` above to see every worker in it. A small
 comparison: `--config.seeds=0 --config.policies=tarragon,restart_cached`.
 """
 

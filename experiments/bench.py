@@ -151,9 +151,8 @@ def main(argv: Sequence[str]) -> int:
   try:
     config, workdir = parse(argv)
     settings = models.read(config)
-    needed = max(
-      settings.ranks, settings.split.ranks, *settings.dispatch_ranks
-    )
+    apart = settings.split.devices
+    needed = max(settings.ranks, apart, *settings.dispatch_ranks)
     jax.config.update("jax_num_cpu_devices", needed)
     jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.ERROR)  # orbax tells much

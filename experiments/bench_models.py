@@ -48,7 +48,7 @@ class Split:
     restore_repeats: how often each is restored, prefilled and run again.
     pingpong_rows: rows of the whole batches.
     shape: fields of `ModelConfig`, a model with Mixtral-8x7B's ratios.
-    stall: keys of a comparison (`configs/processes.py`) that are different.
+    stall: keys of `configs/disaggregated.py` that are different.
   """
 
   ranks: int
@@ -60,6 +60,11 @@ class Split:
   pingpong_rows: tuple[int, ...]
   shape: Mapping[str, Any]
   stall: Mapping[str, Any]
+
+  @property
+  def devices(self) -> int:
+    """Most that an emulated engine has; `split_pingpong`'s attend in twos."""
+    return max(self.ranks, self.ranks - self.attention + 2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,12 +30,11 @@ class Driven(Engine):
     state = self.empty()
     for request in models.requests_of(self._model, self._model.seeds[0]):
       state = accept(state, request)
-    wide = True
-    while wide:
+    widths: list[int] = []
+    while not widths or any(widths):
+      widths.clear()
       state, _ = admit(state)
-      widths: list[int] = []
       state = self._go(state, 1, lambda batch, _: widths.append(batch.width))
-      wide = any(widths)
     return state
 
   def empty(self) -> SchedulerState:

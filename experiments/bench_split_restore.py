@@ -33,10 +33,9 @@ def run(settings: models.Settings, workdir: pathlib.Path) -> Result:
   for name, model in settings.apart().items():
     longer = split.with_options(model, max_len=max(lengths) + ROOM)
     engine = split.open_engine(
-      name, longer, settings, workdir,
-      attention=max(2, settings.split.attention),
-      ranks=max(3, settings.split.ranks),
-      rows=int(model.options["rows"]), processes=True, policy=POLICY,
+      name, longer, settings, workdir, attention=settings.split.attention,
+      ranks=settings.split.ranks, rows=int(model.options["rows"]),
+      processes=True, policy=POLICY,
     )  # fmt: skip
     split.say(f"{name}: up")
     try:

@@ -175,8 +175,9 @@ def part_rows(
   for part, seconds in parts.items():
     s = stat(seconds)
     rows.append({
-      "model": name, "experts": key, "tokens/s": rate if part == TOTAL else None,
-      "part": part, "calls": calls.get(part), "us a round": 1e6 * s.median,
+      "model": name, "experts": key,
+      "tokens/s": rate if part == TOTAL else None, "part": part,
+      "calls": calls.get(part), "us a round": 1e6 * s.median,
       "us a call": 1e6 * s.median / calls[part] if part in calls else None,
       "low": 1e6 * s.low,
       "high": 1e6 * s.high, "%": 100 * s.median / total,

@@ -64,7 +64,7 @@ def parse(argv: Sequence[str]) -> Asked:
     flags.Error, ArithmeticError, AttributeError, ImportError, LookupError,
     NameError, OSError, SyntaxError, TypeError, ValueError,
   ) as error:  # fmt: skip
-    raise ValueError(_last_line(error)) from error
+    raise ValueError(_no_table(argv, error) or _last_line(error)) from error
   if rest:
     raise ValueError(f"{rest[0]!r} is neither a flag nor a value of one")
   if not values.workdir:
@@ -130,6 +130,17 @@ def _merged(
     merged[policy] = {**merged.get(policy, {}), **kwargs}
   # Names with dots are keys of their own here.
   return ml_collections.ConfigDict(merged, allow_dotted_keys=True)
+
+
+def _no_table(argv: Sequence[str], error: Exception) -> str:
+  """What to do where a flag sets a key of a table that the config lacks."""
+  name = str(error).strip("\"'")
+  for arg in argv:
+    if isinstance(error, KeyError) and arg.lstrip("-").startswith(
+      f"config.{name}."
+    ):
+      return f"{arg}: config.{name} = {{}} is missing in the config file"
+  return ""
 
 
 def _last_line(error: Exception) -> str:

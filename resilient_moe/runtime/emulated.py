@@ -32,7 +32,7 @@ from resilient_moe.runtime.readiness import Readiness
 from resilient_moe.runtime.seats import Seats
 from resilient_moe.runtime.weights import WeightTiers, tree_bytes
 from resilient_moe.serving.backend import Placed, StepAborted
-from resilient_moe.serving.recover import Record
+from resilient_moe.serving.carry import Record
 from resilient_moe.serving.scheduler import StepBatch
 
 

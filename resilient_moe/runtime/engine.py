@@ -23,8 +23,9 @@ from resilient_moe.runtime.channel import (
   request_from_json,
 )
 from resilient_moe.runtime.parent import die_with_parent
+from resilient_moe.serving.carry import EngineRestart
 from resilient_moe.serving.loop import serve
-from resilient_moe.serving.recover import EngineRestart, Unrecoverable
+from resilient_moe.serving.recover import Unrecoverable
 from resilient_moe.serving.request import Request
 
 

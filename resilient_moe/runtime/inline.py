@@ -17,8 +17,9 @@ from resilient_moe.runtime.assemble import (
   plan_instance,
 )
 from resilient_moe.runtime.case import Case, RunFailed
+from resilient_moe.serving.carry import EngineRestart
 from resilient_moe.serving.loop import serve
-from resilient_moe.serving.recover import EngineRestart, Unrecoverable
+from resilient_moe.serving.recover import Unrecoverable
 from resilient_moe.serving.request import Request
 
 

@@ -18,7 +18,7 @@ from resilient_moe.runtime.execute import EXECUTE, Mesh
 from resilient_moe.runtime.facts import Facts
 from resilient_moe.runtime.readiness import Readiness
 from resilient_moe.serving.backend import Outcome, Placed, Stepwise
-from resilient_moe.serving.recover import Record
+from resilient_moe.serving.carry import Record
 from resilient_moe.serving.scheduler import StepBatch
 
 if TYPE_CHECKING:

@@ -9,6 +9,9 @@ from experiments import bench, bench_models, bench_record, bench_steps
 from experiments.bench_anatomy import anatomy
 from tests.report import synthetic
 
+# Whole runs, or several engines of processes: tested by themselves.
+SLOW = {"stall", *(n for n in bench.BENCHMARKS if n.startswith("split_"))}
+
 
 def _quick(*only):
   config = bench_config.get_config()
@@ -120,7 +123,7 @@ def test_a_wrong_command_is_refused(capsys, argv, message):
 def workdir(tmp_path_factory):
   """Every benchmark that runs in this process, at its tiniest."""
   folder = tmp_path_factory.mktemp("bench")
-  names = [name for name in bench.BENCHMARKS if name != "stall"]
+  names = [name for name in bench.BENCHMARKS if name not in SLOW]
   bench.run(_quick(*names), folder)
   return folder
 
@@ -129,7 +132,9 @@ def _record(folder, name):
   return json.loads((folder / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("name", [n for n in bench.BENCHMARKS if n != "stall"])
+@pytest.mark.parametrize(
+  "name", [n for n in bench.BENCHMARKS if n not in SLOW]
+)
 def test_every_benchmark_leaves_samples_and_provenance(workdir, name):
   record = _record(workdir, name)
   assert record["rows"]
@@ -145,7 +150,7 @@ def test_every_benchmark_leaves_samples_and_provenance(workdir, name):
 def test_the_summary_names_every_target(workdir):
   text = (workdir / "bench.md").read_text()
   for name in bench.BENCHMARKS:
-    if name != "stall":
+    if name not in SLOW:
       assert f"\n## {name}\n" in text
   assert text.count("| checkpoint ") == 2  # peer and host
   assert "| benchmark " in text

@@ -51,7 +51,8 @@ def _csv(tmp_path):
 
 def _table(text):
   """The rows of the readable table, by policy and column."""
-  lines = [x for x in text.splitlines() if x.startswith("| ")]
+  first = text[text.index("| policy ") :].partition("\n\n")[0]
+  lines = first.splitlines()
   grid = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
   return {cells[0]: dict(zip(grid[0], cells, strict=True)) for cells in grid}
 
@@ -120,9 +121,10 @@ def test_a_line_for_each_case(tmp_path, gateway):
   _launch(tmp_path)
   lines = _csv(tmp_path)
   assert list(lines[0]) == [
-    "scenario", "policy", "seed", "faults", "kills", "recovered", "verdict",
-    "lost_requests", "changed_tokens", "repeated_tokens", "exact", "detect_s",
-    "resume_s", "redundancy_s", "repeat",
+    "scenario", "policy", "seed", "deployment", "faults", "kills", "recovered",
+    "verdict", "lost_requests", "changed_tokens", "repeated_tokens", "exact",
+    "detect_s", "resume_s", "redundancy_s", "struck", "resume_steps",
+    "own_gaps", "others_gaps", "repeat",
   ]  # fmt: skip
   assert len(lines) == 8
   last = lines[-1]
@@ -132,6 +134,8 @@ def test_a_line_for_each_case(tmp_path, gateway):
   assert (last["lost_requests"], last["exact"]) == ("0", "1.0")
   assert float(last["resume_s"]) == pytest.approx(0.05)
   assert last["redundancy_s"] == "0.0"
+  assert (last["deployment"], last["struck"]) == ("collocated", "rank")
+  assert float(last["resume_steps"]) == pytest.approx(1)
 
 
 def test_interrupted_it_goes_on_where_it_was(tmp_path, gateway, capsys):

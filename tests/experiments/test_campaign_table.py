@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from experiments import campaign_table, cases, settings
+from experiments import campaign_faults, campaign_table, cases, settings
 from resilient_moe import report
 from resilient_moe.report import exactness
 from resilient_moe.runtime import case as case_lib
@@ -85,7 +85,9 @@ def test_what_is_not_reached_is_said(tmp_path):
   text = campaign_table.to_markdown(lines, ["Measured here."])
   assert "Times that are missing: kv_restore: 1 of 2 faults" in text
   assert "Measured here." in text
-  assert campaign_table.to_csv(lines[1:]).endswith(",1.0,,,,again\n")
+  assert campaign_table.to_csv(lines[1:]).endswith(
+    ",1.0,,,,rank,,7.0,6.0,again\n"
+  )
 
 
 @pytest.mark.usefixtures("process")
@@ -110,8 +112,79 @@ def test_the_rows_pool_the_faults_of_all_cases(tmp_path):
   assert found["all"]["cases"] == "3"
   assert found["all"]["detect_p50"] == f"{U:.3g}"
   tex = campaign_table.to_latex(lines)
-  assert r"kv\_restore & 2 & 2 & 2 & 1 & 0 & 0 & 0 & 4/4 & 0.188" in tex
-  assert tex.count("\\midrule") == 2
+  assert (
+    r"kv\_restore & collocated & 2 & 2 & 2 & 1 & 0 & 0 & 0 & 4/4 & 0.188"
+  ) in tex
+  assert tex.count("\\midrule") == 3
+
+
+APART = {"deployment": "disaggregated", "ranks": 6, "attention": 2}
+
+
+def _struck(tmp_path, ranks, affected, **case):
+  events = s.edited(_lost(), "fault", 0, ranks=ranks, affected=affected)
+  events = s.edited(events, "failure", 0, ranks=ranks)
+  return _line(tmp_path, events, **APART | case)
+
+
+@pytest.mark.usefixtures("process")
+def test_the_roles_struck_are_told_apart(tmp_path):
+  lines = [
+    _struck(tmp_path, [1], [1]),
+    _struck(tmp_path, [3], [1, 2]),
+    _struck(tmp_path, [1, 3], [1, 2]),
+    _struck(tmp_path, [3], [1, 2], policy="tarragon"),
+    _line(tmp_path, _lost()),
+  ]
+  assert [line.struck for line in lines] == [
+    ("AW",), ("EW",), ("AW+EW",), ("EW",), ("rank",)
+  ]  # fmt: skip
+  header, body = campaign_faults.rows(lines)
+  assert [cells[:4] for cells in body] == [
+    ["kv_restore", "disaggregated", "AW", "1"],
+    ["kv_restore", "disaggregated", "EW", "1"],
+    ["kv_restore", "disaggregated", "AW+EW", "1"],
+    ["tarragon", "disaggregated", "EW", "1"],
+    ["kv_restore", "collocated", "rank", "1"],
+  ]
+  row = dict(zip(header, body[0], strict=True))
+  assert row["detect_ms_p50"] == f"{1e3 * U:.3g}"
+  assert row["resume_ms_p99"] == f"{5e3 * U:.3g}"
+  assert row["resume_steps_p50"] == "5"
+  # Request 1 goes on 7 gaps after its last token, request 2 after 6.
+  assert (row["own_wait_gaps_p50"], row["others_wait_gaps_p50"]) == ("7", "6")
+  row = dict(zip(header, body[1], strict=True))
+  assert (row["own_wait_gaps_p99"], row["others_wait_gaps_p99"]) == ("7", "-")
+  text = campaign_table.to_markdown(lines, [])
+  assert "| kv_restore | disaggregated | AW+EW  |      1 |" in text
+  assert campaign_faults.NOTES in text
+  tex = campaign_table.to_latex(lines)
+  assert tex.count(r"\begin{tabular}{lll") == 1
+  assert tex.count(r"\end{tabular}") == 2
+
+
+@pytest.mark.usefixtures("process")
+def test_deployments_have_rows_of_their_own(tmp_path):
+  lines = [_line(tmp_path, _lost()), _struck(tmp_path, [1], [1])]
+  header, body = campaign_table.rows(lines)
+  assert header[:3] == ["policy", "deployment", "cases"]
+  assert [cells[:3] for cells in body] == [
+    ["kv_restore", "collocated", "1"],
+    ["all", "collocated", "1"],
+    ["kv_restore", "disaggregated", "1"],
+    ["all", "disaggregated", "1"],
+    ["all", "all", "2"],
+  ]
+
+
+@pytest.mark.usefixtures("process")
+def test_a_fault_that_struck_no_rank_has_no_place(tmp_path):
+  events = _lost()
+  at = next(i for i, e in enumerate(events) if e["event"] == "fault")
+  cut = {**events[at], "kind": "link_cut", "ranks": [1, 3]}
+  line = _line(tmp_path, [*events[:at], cut, *events[at:]], **APART)
+  assert (line.faults, line.struck) == (2, ("EW",))
+  assert (len(line.own_gaps), len(line.resume_steps)) == (1, 1)
 
 
 def test_changed_and_repeated_tokens_are_counted():

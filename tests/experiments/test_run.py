@@ -177,6 +177,11 @@ def test_bad_input_is_one_line_and_writes_nothing(
     ([], "--config is missing"),
     (["--config=none.py"], "none.py"),
     (["--config={tmp}/bad.py"], "no such thing"),
+    (["--config={tmp}/key.py"], "error: 'a'\n"),
+    (
+      ["--config={tmp}/few.py", "--config.exchange.dedup=False"],
+      "--config.exchange.dedup=False: config.exchange = {} is missing in",
+    ),
   ],
 )
 def test_a_config_file_that_cannot_be_read_is_one_line(
@@ -184,6 +189,9 @@ def test_a_config_file_that_cannot_be_read_is_one_line(
 ):
   bad = "def get_config():\n  raise ValueError('no such thing')\n"
   (tmp_path / "bad.py").write_text(bad)
+  (tmp_path / "key.py").write_text("def get_config():\n  return {}['a']\n")
+  few = "import ml_collections as m\nget_config = m.ConfigDict\n"
+  (tmp_path / "few.py").write_text(few)
   argv = [arg.format(tmp=tmp_path) for arg in argv]
   assert run.launch(["run.py", f"--workdir={tmp_path}/out", *argv]) == 2
   err = capsys.readouterr().err

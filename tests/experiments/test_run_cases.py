@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from configs import quickstart, runlocal
+from configs import disaggregated, quickstart, runlocal
 from experiments import cases, settings
+from resilient_moe.runtime.case import make_policy
 from tests.experiments.run_fake import tiny
 
 
@@ -102,7 +103,19 @@ def test_a_digest_says_what_was_run_and_not_where_it_lies(tmp_path):
     ({"options": {"nonsense": 1}}, "config.options.nonsense: .*choices: rows"),
     ({"options": {"rows": "four"}}, r"config\.options: "),
     ({"runtime": "threads"}, "runtime='threads': .*emulated, logical"),
-    ({"deployment": "disaggregated"}, "deployment=.*collocated"),
+    ({"deployment": "apart"}, "deployment='apart': choose one of collocated"),
+    ({"attention": 1}, "config.attention=1 .*=collocated: choices: 0"),
+    (
+      {"deployment": "disaggregated", "attention": 4},
+      "config.attention=4 of 4 ranks: at most 3",
+    ),
+    (
+      {"deployment": "disaggregated", "runtime": "logical"},
+      "disaggregated runs on: emulated, process",
+    ),
+    ({"scenarios": "ew_lost"}, "'ew_lost' needs a disaggregated deployment"),
+    ({"exchange": {"lag": 1}}, "config.exchange.lag: .*choices: dedup, late_s"),
+    ({"exchange": {"stores": 0}}, "config.exchange: exchange.stores=0"),
     ({"checkpoint": "/none"}, "config.checkpoint='/none': .*ships: byte_moe"),
     (
       {"options": {"max_len": 12}},
@@ -142,10 +155,57 @@ def test_a_corrupt_checkpoint_is_refused(tmp_path):
     cases.jobs(settings.read(config))
 
 
-@pytest.mark.parametrize("config", [quickstart, runlocal])
+def test_records_of_before_there_were_two_deployments_stay_the_same(tmp_path):
+  """Or every work directory from before would be another config's."""
+  record = _jobs(tmp_path)[1].record
+  assert not {"attention", "exchange"} & record.keys()
+  assert not {"delay_s", "inside"} & record["faults"][0].keys()
+  # One that was written by the version of before.
+  assert _jobs(tmp_path)[1].digest == "fd1a26fe40f8137e"
+  apart = {"deployment": "disaggregated", "exchange": {"dedup": False}}
+  record = _jobs(tmp_path, scenarios="ew_in_experts", **apart)[1].record
+  assert (record["attention"], record["exchange"]) == (1, {"dedup": False})
+  assert record["faults"][0]["inside"] == "experts"
+  assert "delay_s" not in record["faults"][0]
+  slow = _jobs(tmp_path, scenarios="link_slow", **apart)[1].record
+  assert slow["faults"][0]["delay_s"] > 0
+
+
+@pytest.mark.parametrize("kind", ["link_cut", "link_slow", "straggler"])
+def test_what_takes_nobody_may_strike_everybody(tmp_path, kind):
+  fault = {"kind": kind, "ranks": [0, 1], "at_step": 1}
+  fault |= {"link_slow": {"delay_s": 0.1}, "straggler": {"slowdown": 2.0}}.get(
+    kind, {}
+  )
+  apart = {"deployment": "disaggregated", "ranks": 2, "attention": 1}
+  jobs = _jobs(tmp_path, faults=[fault], policies="tarragon", **apart)
+  assert jobs[1].case.faults[0].kind == kind
+  lost = {"kind": "rank_lost", "ranks": [0, 1], "at_step": 1}
+  with pytest.raises(ValueError, match="takes 2 of 2 ranks at once"):
+    _jobs(tmp_path, faults=[lost], policies="tarragon", **apart)
+
+
+@pytest.mark.parametrize("config", [quickstart, runlocal, disaggregated])
 def test_the_configs_that_ship_can_be_run(tmp_path, config):
   chosen = settings.read(config.get_config())
   # The weights may be on their way to a new version; the rest must fit.
   model = tiny(tmp_path).checkpoint
   jobs = cases.jobs(dataclasses.replace(chosen, checkpoint=model))
-  assert len(jobs) == len(chosen.policies)
+  runs = len(chosen.policies) * len(chosen.scenarios) * len(chosen.seeds)
+  assert len(jobs) == runs
+  for job in jobs:
+    make_policy(job.case)  # of the deployment
+
+
+def test_the_comparison_apart_is_the_same_on_both_runtimes(tmp_path):
+  config = disaggregated.get_config()
+  config.checkpoint = tiny(tmp_path).checkpoint
+  process = cases.jobs(settings.read(config))
+  config.runtime = "emulated"
+  emulated = cases.jobs(settings.read(config))
+  for job, other in zip(process, emulated, strict=True):
+    case, same = job.case, other.case
+    assert (case.ranks, case.attention, case.options["rows"]) == (6, 2, 4)
+    assert (case.requests, case.faults) == (same.requests, same.faults)
+    # Rows for all at once, so that everybody decodes when the fault strikes.
+    assert len(case.requests) == case.attention * case.options["rows"]

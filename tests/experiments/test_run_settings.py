@@ -52,7 +52,10 @@ def test_policy_arguments_are_by_policy_dots_and_all(tmp_path):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"nonsense": 1}, "config.nonsense: unknown key; choices: checkpoint,"),
+    ({"nonsense": 1}, "config.nonsense: unknown key; choices: attention, che"),
+    ({"parts": {"a": {}}}, "config.parts: only experiments.campaign has parts"),
+    ({"attention": -1}, "config.attention=-1: needed is an integer from 0"),
+    ({"exchange": 3}, "config.exchange=3: needed are names with values"),
     ({"ranks": 0}, "config.ranks=0: needed is an integer from 1"),
     ({"ranks": "four"}, "config.ranks='four': needed is an integer"),
     ({"ranks": True}, "config.ranks=True"),

@@ -117,6 +117,25 @@ def test_another_configs_work_directory_is_refused(
   assert len(gateway.ran) == 3
 
 
+def test_a_work_directory_from_before_a_key_was_there_goes_on(
+  tmp_path, gateway
+):
+  _run(tmp_path, gateway)
+  file = tmp_path / "out" / "config.json"
+  old = json.loads(file.read_text())
+  for young in ("attention", "exchange", "detector", "leave_out"):
+    del old[young]
+  file.write_text(json.dumps(old))
+  assert _run(tmp_path, gateway) == []
+  message = "exchange is {} there"
+  with pytest.raises(ValueError, match=message):
+    _run(tmp_path, gateway, exchange={"dedup": False})
+  del old["ranks"]  # here it was another one's default
+  file.write_text(json.dumps(old))
+  with pytest.raises(ValueError, match="ranks is 8 there, 4 now"):
+    _run(tmp_path, gateway)
+
+
 def test_another_model_of_the_same_name_is_refused(tmp_path, gateway):
   _run(tmp_path, gateway)
   (tmp_path / "model" / "manifest.json").write_text("{ }")

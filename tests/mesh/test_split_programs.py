@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from tests.mesh import shapes
 
 from resilient_moe.mesh import programs, split_programs
 from resilient_moe.model.step import batch_width
+from tests.mesh import shapes
 
 DENSE_FIRST = {"dense_layers": 1, "dense_width": 24, "shared_width": 16}
 

@@ -41,7 +41,9 @@ def test_a_repeated_position_is_named() -> None:
 
 
 def test_broken_histories_cover_all_checkers() -> None:
-  assert {checker for checker, _ in BROKEN.values()} == set(report.CHECKERS)
+  shown = {checker for checker, _ in BROKEN.values()}
+  # What never says `false` has tests of its own.
+  assert shown == set(report.CHECKERS) - {"confined"}
 
 
 def test_refused_requests_and_stale_work_are_fine() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from resilient_moe import report
+from tests.report import apart
 from tests.report import synthetic as s
 
 U = s.STEP_S
@@ -220,6 +221,30 @@ def test_steps_that_seem_to_overlap_follow_one_another() -> None:
   assert problems(trace) == []
   steps = _rows(trace, "orchestrator")["steps"]
   assert [_at(e) for e in steps] == pytest.approx(range(8))
+
+
+def test_ranks_that_step_apart_have_rows_of_their_own() -> None:
+  trace = report.trace(apart.lost(), [])
+  assert problems(trace) == []
+  rows = _rows(trace, "orchestrator")
+  assert "steps" not in rows
+  # They overlap for half of the time, and keep their length.
+  first, second = rows["steps of 0"], rows["steps of 1"]
+  assert [_at(e) for e in first[:3]] == pytest.approx([-1, 1, 3])
+  assert [_at(e) for e in second[:3]] == pytest.approx([0, 2, 4])
+  assert {e["dur"] for e in first[:9] + second} == {2e6 * U}
+
+
+def test_healing_is_seen() -> None:
+  b = s.Builder(**apart.APART)
+  b.now_s += U
+  b.write("healed", by=0, rank=4, layer=1, experts=2, seconds=U / 2)
+  trace = report.trace(b.end(), [])
+  assert problems(trace) == []
+  (healed,) = _rows(trace, "orchestrator")["healing"]
+  assert healed["name"] == "AW 0 healed from 4"
+  assert (_at(healed), healed["dur"]) == (0.5, 1e6 * U / 2)
+  assert healed["args"]["experts"] == 2
 
 
 def test_whatever_a_history_holds() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from resilient_moe.recovery.checks import request_ranks
 from resilient_moe.serving.request import Request
 from resilient_moe.serving.scheduler import admit, complete, schedule
 from resilient_moe.serving.state import (
@@ -24,7 +25,8 @@ class Driver:
 
   def __post_init__(self) -> None:
     view = self.backend.view()
-    self.state = with_ranks(self.state, view.mesh, view.rows_per_rank)
+    ranks = request_ranks(view)
+    self.state = with_ranks(self.state, ranks, view.rows_per_rank)
 
   def accept(self, requests: tuple[Request, ...]) -> None:
     for request in requests:
@@ -32,21 +34,26 @@ class Driver:
       self.tokens[request.request_id] = []
 
   def step(self, count: int = 1) -> bool:
-    """Steps, if there is something to do; whether there was."""
+    """Each domain steps, if it has something to do; whether any had."""
     for _ in range(count):
       self.state, _ = admit(self.state)
-      view, options = self.backend.view(), self.backend.shape.options
-      batch = schedule(
-        self.state, number=self.number, epoch=view.epoch, chunk=options.chunk,
-        rows=view.rows_per_rank,
-      )  # fmt: skip
-      if batch is None:
+      if not any([self._step(d) for d in self.backend.domains()]):
         return False
-      batch = dataclasses.replace(batch, retired=self.retired)
-      sampled = self.backend.step(batch)
-      self.state, emitted, finished = complete(self.state, batch, sampled)
-      self.number += 1
-      self.retired = tuple(f.request_id for f in finished)
-      for e in emitted:
-        self.tokens[e.request_id].append(e.token)
+    return True
+
+  def _step(self, domain: tuple[int, ...]) -> bool:
+    view, options = self.backend.view(), self.backend.shape.options
+    batch = schedule(
+      self.state, number=self.number, epoch=view.epoch, chunk=options.chunk,
+      rows=view.rows_per_rank, mesh=domain,
+    )  # fmt: skip
+    if batch is None:
+      return False
+    batch = dataclasses.replace(batch, retired=self.retired)
+    sampled = self.backend.step(batch)
+    self.state, emitted, finished = complete(self.state, batch, sampled)
+    self.number += 1
+    self.retired = tuple(f.request_id for f in finished)
+    for e in emitted:
+      self.tokens[e.request_id].append(e.token)
     return True

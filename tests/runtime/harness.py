@@ -32,13 +32,13 @@ from resilient_moe.runtime.case import Case, make_policy
 from resilient_moe.runtime.channel import Channel, ChannelRecorder
 from resilient_moe.runtime.emulated import EmulatedBackend
 from resilient_moe.runtime.split import start as split_start
-from resilient_moe.runtime.split.families import compile_families
 from resilient_moe.serving import recover
-from resilient_moe.serving.recover import EngineRestart
+from resilient_moe.serving.carry import EngineRestart
 from resilient_moe.serving.request import Request
 from resilient_moe.serving.state import Current, SchedulerState
 from tests.runtime.drive import Driver
 from tests.runtime.intake import ListIntake
+from tests.runtime.split.families import link_families
 from tests.runtime.watch import world
 
 RANKS = 4
@@ -81,7 +81,7 @@ class Lab:
         (scratch / f"cold{generation}").symlink_to(folder)
     executables = Executables(plans.shape, folder)
     if plans.view.disaggregated:  # no program belongs to a mesh
-      compile_families(executables, jax.devices()[0])
+      link_families(self.root, plans.shape, folder)
       return scratch
     n = len(plans.view.launched)
     sizes = {len(plans.view.mesh)} | {
@@ -115,7 +115,9 @@ class Lab:
 
   def verdict(self, events: list[Event]) -> dict[str, Any]:
     """What the checkers say about a run beside its fault-free twin."""
-    return verdict(events, self.twin)
+    # The seed draws faults, and the twin has none.
+    run, *rest = self.twin
+    return verdict(events, [{**run, "seed": events[0]["seed"]}, *rest])
 
 
 def make_lab(root: pathlib.Path) -> Lab:
@@ -189,8 +191,8 @@ class Host:
     self.recorder.write(
       "run", policy=self.case.policy, scenario=self.case.scenario,
       runtime="emulated", deployment=self.case.deployment,
-      seed=self.case.seed,
-      ranks=self.case.ranks, lossless=policy.lossless, exact=True,
+      seed=self.case.seed, ranks=self.case.ranks,
+      lossless=policy.lossless, exact=True,
       fails_requests=policy.fails_requests,
       expected_faults=len(self.case.faults),
     )  # fmt: skip

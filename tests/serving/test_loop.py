@@ -9,8 +9,9 @@ import pytest
 from resilient_moe import recovery as rm
 from resilient_moe.report import History
 from resilient_moe.report.history import of_kind
+from resilient_moe.serving.carry import EngineRestart
 from resilient_moe.serving.loop import serve
-from resilient_moe.serving.recover import EngineRestart, Unrecoverable
+from resilient_moe.serving.recover import Unrecoverable
 from resilient_moe.serving.request import Request
 from tests.serving import fake
 from tests.serving.runs import (

@@ -42,7 +42,7 @@ from resilient_moe.runtime.process.mate import RanksGone, WorkerFailed
 from resilient_moe.runtime.process.signals import Signals
 from resilient_moe.runtime.readiness import Readiness
 from resilient_moe.serving.backend import Outcome, Placed, StepAborted
-from resilient_moe.serving.recover import Record
+from resilient_moe.serving.carry import Record
 from resilient_moe.serving.scheduler import StepBatch
 
 IN_RECOVERY_S = 0.005  # a fault in a recovery strikes within its next action

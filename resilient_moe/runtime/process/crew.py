@@ -41,7 +41,7 @@ from resilient_moe.runtime.process.wire import (
   Strike,
   Tell,
 )
-from resilient_moe.serving.recover import Record
+from resilient_moe.serving.carry import Record
 
 START_S = 120.0  # for a worker to be up
 RETURN_S = 5.0  # for a survivor to come back from an aborted collective,

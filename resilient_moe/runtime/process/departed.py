@@ -9,7 +9,7 @@ from typing import Any
 
 from resilient_moe.runtime.process.mate import Mate, ended, kill
 from resilient_moe.runtime.process.wire import Reply
-from resilient_moe.serving.recover import Record
+from resilient_moe.serving.carry import Record
 
 
 class Departed:

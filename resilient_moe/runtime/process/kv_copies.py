@@ -19,7 +19,7 @@ from resilient_moe.runtime.process.stores import Stores
 from resilient_moe.runtime.process.wire import Address
 from resilient_moe.runtime.seats import Seats
 from resilient_moe.serving.backend import Placed
-from resilient_moe.serving.recover import Record
+from resilient_moe.serving.carry import Record
 from resilient_moe.serving.scheduler import StepBatch
 
 HOST = -1  # holder of what the store process mirrors

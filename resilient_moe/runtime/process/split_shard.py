@@ -8,7 +8,6 @@ a step waits. No collective: nobody's programs know of another worker.
 import os
 import pathlib
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,8 +20,6 @@ from resilient_moe.datapath.routes import ExpertsUnreachable, Routes
 from resilient_moe.mesh.executables import Executables
 from resilient_moe.model.step import request_kv_shape
 from resilient_moe.recovery import Role
-from resilient_moe.recovery.actions import Move
-from resilient_moe.recovery.view import Tier
 from resilient_moe.report.spans import Spans
 from resilient_moe.runtime.process.attending import Attending
 from resilient_moe.runtime.process.compiles import Compiles
@@ -32,7 +29,7 @@ from resilient_moe.runtime.process.data import (
   DataServer,
   PullFailed,
 )
-from resilient_moe.runtime.process.desk import Desk
+from resilient_moe.runtime.process.holding import Holding
 from resilient_moe.runtime.process.mirror import KVMirror
 from resilient_moe.runtime.process.peers import ComputeFailed
 from resilient_moe.runtime.process.probe import Responder
@@ -45,7 +42,6 @@ from resilient_moe.runtime.process.wire import (
   Up,
 )
 from resilient_moe.runtime.readiness import COMPILED_POLL_S
-from resilient_moe.runtime.split.experts import ExpertRank
 from resilient_moe.runtime.split.families import FAMILIES, programs_of
 from resilient_moe.runtime.stages import Stages
 from resilient_moe.runtime.weights import WeightTiers, tree_bytes
@@ -63,9 +59,7 @@ class SplitShard:
   ) -> None:
     """`host`: the address under which others reach this process."""
     self._rank, self._setup, self._authkey = rank, setup, authkey
-    self._lock = threading.Lock()  # of the experts' arrays
     self._strike: tuple[str, int] | None = None  # where to die
-    self._experts: ExpertRank | None = None
     self._attending: Attending | None = None
     self._clients: dict[Address, DataClient] = {}
     seconds: dict[str, float] = {}
@@ -81,8 +75,8 @@ class SplitShard:
       time.sleep(COMPILED_POLL_S)  # one process compiles them for everybody
     stages.done("executables")
     self.spans = self._open_spans()
-    self._desk = Desk(
-      host, authkey, self._compute, setup.exchange.gathering(), self._on_batch
+    self._holding = Holding(
+      rank, setup, authkey, host, self.weights, self._reached, self.spans
     )
     self._mirror = None
     if setup.mirrors:
@@ -90,18 +84,17 @@ class SplitShard:
       self._mirror = KVMirror(kv, setup.shape.config.dtype)
     self._server = DataServer(
       host, authkey, self._mirror,
-      {"slot": self._read_slot, "row": self._read_row},
+      {"slot": self._holding.read_slot, "row": self._read_row},
     )  # fmt: skip
     self._take_role(setup.role, setup.slots)
     stages.done("placing")
     responder = Responder.start(host, setup.probes)
-    self._template = jax.tree.structure(self.weights.expert(0))
     if not setup.host_weights:
       self.weights.drop_host_copy()
     self.up = Up(
       self._server.address, responder.port, responder.native,
       tree_bytes(self.weights.dense), self.weights.host_bytes, seconds,
-      self._desk.address,
+      self._holding.desk.address,
     )  # fmt: skip
 
   def _open_spans(self) -> Spans:
@@ -113,13 +106,10 @@ class SplitShard:
 
   def _take_role(self, role: Role, slots: tuple[int, ...]) -> None:
     """Makes and warms the arrays of a role; what the other holds is kept."""
-    shape, device = self._setup.shape, self._device
+    device = self._device
     programs = programs_of(self._executables, role, device)
     if role == Role.EXPERT:
-      held = [self.weights.expert(e) if e >= 0 else None for e in slots]
-      experts = ExpertRank(shape, device, programs, held, slots)
-      experts.warm()
-      self._experts = experts
+      self._holding.hold(self._setup, device, programs, slots)
     else:
       self._attending = Attending(
         self._rank, self._setup, self._authkey, device, programs,
@@ -129,7 +119,7 @@ class SplitShard:
   def switch(self, role: int, slots: tuple[int, ...]) -> None:
     """The rank gets what its new role needs."""
     if Role(role) == Role.ATTENTION:
-      self._experts = None
+      self._holding.drop()
     self._take_role(Role(role), slots)
 
   def stop_attending(self) -> None:
@@ -227,51 +217,13 @@ class SplitShard:
   def _read_row(self, row: int, tokens: int) -> list[np.ndarray]:
     return [self._attend().rank.read_row(row, tokens)]
 
-  # -- an expert worker's parcels and slots
-
-  def _compute(
-    self, layer: int, rows: np.ndarray, token: np.ndarray, expert: np.ndarray
-  ) -> np.ndarray:
-    self._reached("exchange", layer)
-    with self._lock:
-      if self._experts is None:
-        raise LookupError(f"rank {self._rank} holds no experts")
-      y = self._experts.compute(layer, rows, token, expert)
-    self._reached("experts", layer)
-    return y
-
-  def _on_batch(
-    self, layer: int, rows: int, start_s: float, end_s: float, aws: list[int]
-  ) -> None:
-    self.spans.add("experts", start_s, end_s, layer=layer, rows=rows, aws=aws)
+  # -- an expert worker's slots
 
   def fill(self, fills: list[dict[str, Any]]) -> int:
     """Experts' weights into slots; bytes."""
-    return sum(self._fill(**fill) for fill in fills)
-
-  def _fill(
-    self, slot: int, expert: int, tier: str, source: tuple[Address, int] | None
-  ) -> int:
-    assert self._experts is not None
-    if tier == Tier.LOCAL:
-      assert source is not None
-      tree = self._experts.read_slot(source[1])
-    elif tier == Tier.PEER:
-      assert source is not None
-      leaves = self._client(source[0]).pull("slot", source[1])
-      tree = jax.tree.unflatten(self._template, leaves)
-    else:
-      move = Move(expert, self._rank, slot)
-      tree = self.weights.read([move], Tier(tier), _no_peer)[expert]
-    with self._lock:
-      self._experts.write_slot(slot, expert, tree)
-      self._experts.wait()
-    return tree_bytes(tree)
-
-  def _read_slot(self, slot: int) -> list[np.ndarray]:
-    with self._lock:
-      assert self._experts is not None
-      return jax.tree.leaves(self._experts.read_slot(slot))
+    return sum(
+      self._holding.fill(**fill, client=self._client) for fill in fills
+    )
 
   def _client(self, address: Address) -> DataClient:
     if address not in self._clients:
@@ -301,7 +253,7 @@ class SplitShard:
   def abort(self, gone: tuple[Member, ...]) -> None:
     """Nobody waits for these any more, nor takes anything from them."""
     for rank, incarnation in gone:
-      self._desk.fence(rank, incarnation)
+      self._holding.desk.fence(rank, incarnation)
       if self._attending is not None:
         self._attending.forsake(rank, incarnation)
 
@@ -316,11 +268,7 @@ class SplitShard:
 
   def link(self, rank: int, cut: bool, delay_s: float) -> None:
     """A fault, or its end: what is wrong with the link to an AW."""
-    self._desk.restore(rank)
-    if cut:
-      self._desk.cut(rank)
-    if delay_s:
-      self._desk.delay(rank, delay_s)
+    self._holding.link(rank, cut, delay_s)
 
   def link_up(self, rank: int) -> None:
     """The link to an expert worker works again."""
@@ -331,8 +279,4 @@ class SplitShard:
     if self._strike == (place, layer):
       self.say(Found("struck", {"at_s": time.monotonic()}))
       os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _no_peer(rank: int, expert: int) -> dict[str, Any]:
-  raise LookupError(f"rank {rank} is asked for expert {expert} by `pull`")
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from resilient_moe.datapath.healing import HealingLimits
 from resilient_moe.datapath.gather import GatherLimits
+from resilient_moe.datapath.healing import HealingLimits
 
 
 @dataclasses.dataclass(frozen=True)
