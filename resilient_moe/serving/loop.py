@@ -10,7 +10,8 @@ import numpy as np
 from resilient_moe.recovery.checks import request_ranks
 from resilient_moe.recovery.policy import RecoveryPolicy
 from resilient_moe.serving.backend import Backend
-from resilient_moe.serving.recover import Record, Recovery
+from resilient_moe.serving.carry import Record
+from resilient_moe.serving.recover import Recovery
 from resilient_moe.serving.request import Request
 from resilient_moe.serving.scheduler import StepBatch, admit, complete, schedule
 from resilient_moe.serving.state import (

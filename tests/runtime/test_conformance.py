@@ -11,7 +11,7 @@ import pytest
 
 from resilient_moe import recovery as rm
 from resilient_moe.runtime.execute import EXECUTE
-from resilient_moe.serving import recover
+from resilient_moe.serving.carry import EngineRestart
 from tests.runtime.drive import Driver
 from tests.runtime.harness import Host, Lab, Plan, make_case, make_requests
 from tests.runtime.watch import Watch, differences
@@ -51,7 +51,7 @@ def test_a_restart_ends_the_engine(lab: Lab) -> None:
   driver = Driver(backend)
   driver.accept(make_requests(n=2))
   action = rm.RestartInstance((0, 1, 2), cache=False)
-  with pytest.raises(recover.EngineRestart) as caught:
+  with pytest.raises(EngineRestart) as caught:
     Plan(driver).do(action)
   assert caught.value.action == action
   assert set(caught.value.state.sequences) == {"r0", "r1"}

@@ -9,6 +9,7 @@ import pytest
 from resilient_moe import recovery as rm
 from resilient_moe.serving import recover
 from resilient_moe.serving.backend import Backend, Outcome
+from resilient_moe.serving.carry import Record
 from resilient_moe.serving.state import (
   Current,
   SchedulerState,
@@ -51,7 +52,7 @@ class Watch:
 
   def _watched(
     self, action: rm.Action, current: Current, backend: Backend,
-    record: recover.Record,
+    record: Record,
   ) -> Outcome:  # fmt: skip
     name = type(action).__name__
     self.seen.append(name)
