@@ -78,7 +78,7 @@ def get_config() -> ml_collections.ConfigDict:
     "block_steps": 24,
     "restore_tokens": (64, 128, 256, 512, 1024),
     "restore_repeats": 5,
-    "pingpong_rows": (4, 8, 16, 32, 64),
+    "pingpong_rows": (8, 24, 64),
     # n_kv_heads * head_dim : top_k * d_model = 1 : 8, as 8 * 128 : 2 * 4096.
     "shape": {
       "n_layers": 4,

@@ -123,7 +123,8 @@ class Restore:
     while not ended:
       ended = backend.finished(split.WAIT_S)
     ((_, sampled),) = ended
-    assert sampled is not None, "a step failed: nothing is broken here"
+    if sampled is None:
+      raise RuntimeError(f"step {batch.number} of {batch.mesh} failed")
     return complete(state, batch, sampled)[0]
 
   def _wait_stored(self, name: str, tokens: int) -> None:

@@ -44,6 +44,7 @@ class Recovery:
   pending: collections.deque[Failure] = dataclasses.field(
     default_factory=collections.deque
   )
+  unheard: bool = False  # `pending` has news for the plan at hand
   plan: Plan | None = None  # that is being resumed
   resume: collections.deque[Action] = dataclasses.field(
     default_factory=collections.deque
@@ -77,13 +78,13 @@ class Recovery:
     return dataclasses.replace(self.backend.view(), requests=table)
 
   def look(self) -> None:
-    """Asks for failures; they replace what is being done."""
+    """Asks for failures; a plan for them replaces what is being done."""
     failures = self.backend.poll(
       self.done if self.resuming else None, self.repairing
     )
     if failures:
       self.pending.extend(failures)
-      self.plan, self.resume = None, collections.deque()
+      self.unheard = True
 
   def rehearse(self) -> None:
     """Plans for the loss of the first and of the last rank, for nothing.
@@ -99,8 +100,10 @@ class Recovery:
 
     `in_step`: requests of steps that are under way; they aren't moved.
     """
-    while self.pending and not self.resuming:
+    # What is tolerated leaves the plan at hand as it is.
+    while self.pending and (self.unheard or not self.resuming):
       self._plan_for(_merge(self.pending))
+    self.unheard = False
     if self._moving() & set(in_step):
       return
     if self.resuming:
@@ -112,7 +115,7 @@ class Recovery:
     self._report(failure)
     plan = self._ask(failure)
     if plan is not None:
-      self.plan, self.done = plan, 0
+      self.plan, self.done, self.unheard = plan, 0, False
       self.resume = collections.deque(ordered(plan.resume))
       self.repair = collections.deque(_fine(ordered(plan.repair)))
       self.repairing = True

@@ -37,7 +37,8 @@ class Driver:
     """Each domain steps, if it has something to do; whether any had."""
     for _ in range(count):
       self.state, _ = admit(self.state)
-      if not any([self._step(d) for d in self.backend.domains()]):
+      stepped = [self._step(domain) for domain in self.backend.domains()]
+      if not any(stepped):
         return False
     return True
 

@@ -16,7 +16,12 @@ from tests.runtime.harness import RANKS, Host, Lab, make_case
 from tests.runtime.watch import Watch
 
 OUTSIDE = os.environ.get("RMOE_POLICY")
-POLICIES = [OUTSIDE] if OUTSIDE else recovery.policy_names()
+# Others need roles apart: tests/runtime/split.
+POLICIES = [OUTSIDE] if OUTSIDE else [
+  name
+  for name in recovery.policy_names()
+  if "collocated" in recovery.load(name).deployments
+]  # fmt: skip
 SEVERAL = ("two_at_once", "neighbours", "one_after_another", "during_recovery")
 SINGLE = ("rank_lost_decode", "rank_lost_prefill", "random")
 # Who stands for one loss only, and gives up at the second.

@@ -155,12 +155,16 @@ class FakeBackend(Stepwise):
     """Checkpoints whole prefixes only; a neighbour's dies with it."""
     if self.mode == "none":
       return
+    ring = self.ring(batch)
     for name, (rank, row, start, values) in delta.items():
-      place = batch.mesh.index(rank)
-      neighbour = batch.mesh[(place + 1) % len(batch.mesh)]
+      neighbour = ring[(ring.index(rank) + 1) % len(ring)]
       kv = self.kv[rank, row, : start + len(values)].copy()
       holder = neighbour if self.mode == "peer" else -1
       self.saved[name] = (kv, holder)
+
+  def ring(self, batch: StepBatch) -> tuple[int, ...]:
+    """Ranks that keep checkpoints, each for the one before."""
+    return batch.mesh
 
   def poll(
     self, recovery_actions: int | None = None, repairing: bool = False

@@ -151,6 +151,9 @@ class Attending:
 
   def _on_event(self, name: str, **facts: Any) -> None:
     self.found.append((name, facts))
+    for rank in list(self._probed):
+      if not self._answers(rank):
+        self.found.append(("silent", {"rank": rank}))
 
   def _on_kv(self, first: int, kv: jax.Array) -> None:
     """A layer's new KV goes to the log while the step goes on."""

@@ -7,11 +7,12 @@ collectives that the dead one is a member of. What only looks dead is judged by
 `watch.Watch`.
 """
 
+import math
 import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing import connection as mp
 from typing import Any
 
@@ -362,6 +363,10 @@ class Crew:
         )
         self._lost.append(rank)
         self.fence(rank)
+
+  def give_up_silent(self, ranks: Iterable[int]) -> None:
+    """Fences those that have been silent for too long, though not called."""
+    self._give_up(self.watch.stuck(ranks, math.inf), set(ranks))
 
   def strike(self, rank: int, number: signal.Signals) -> None:
     """A fault: a worker, wherever it is, sends itself a signal."""

@@ -159,7 +159,7 @@ class Peers:
   def _drop(self, rank: int) -> None:
     if pipe := self._pipes.pop(rank, None):
       pipe.close(self._selector)
-      self._ready.append(Gone(rank))
+      self._ready.append(Gone(rank, pipe.incarnation))
       self._rouse()
 
   def _rouse(self) -> None:

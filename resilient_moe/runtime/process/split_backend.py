@@ -20,6 +20,7 @@ from resilient_moe.recovery.checks import expert_ranks, request_ranks
 from resilient_moe.runtime.execute import Mesh
 from resilient_moe.runtime.instance import Memory, packed
 from resilient_moe.runtime.process.backend import ProcessBackend
+from resilient_moe.runtime.process.doubts import Doubts
 from resilient_moe.runtime.process.wire import Found, Peer, Reply
 from resilient_moe.runtime.split.tables import routes_of
 from resilient_moe.serving.backend import Outcome, Placed, Stepped
@@ -38,6 +39,9 @@ class SplitProcess(ProcessBackend):
     self._mended: list[tuple[float, Fault]] = []  # links, when
     self._meanwhile: Callable[[], None] = _nothing
     super().__init__(*parts)
+    self._doubts = Doubts(self.crew)
+    self._routed: set[int] = set()  # who attends and has routes
+    self._own_s: dict[int, float] = {}  # of each one's last step
 
   def domains(self) -> tuple[Mesh, ...]:
     return tuple((int(r),) for r in request_ranks(self.facts.view))
@@ -47,6 +51,7 @@ class SplitProcess(ProcessBackend):
     self._version += 1
     told = self._news()
     self.crew.call({r: told for (r,) in self.domains()}, "routes").good()
+    self._routed = set(self._attending())
     self.kv.ring(self._attending())
 
   # -- steps
@@ -99,10 +104,19 @@ class SplitProcess(ProcessBackend):
     self.kv.committed(batch)
     self._step_s = seconds
     self.parts = {**self.parts, rank: (own_s, all_s - own_s)}
-    self.crew.watch.stepped(seconds, {rank: own_s})
+    self._watch_own(rank, seconds, own_s)
+    return np.asarray(tokens)
+
+  def _watch_own(self, rank: int, seconds: float, own_s: float) -> None:
+    """Who is slow is found once everybody who attends has stepped."""
+    self.crew.watch.clock.finished(seconds)
+    self._own_s[rank] = own_s
+    if not self._own_s.keys() >= set(self._attending()):
+      return
+    self.crew.watch.slow.add(self._own_s)
+    self._own_s = {}
     for slow, slowdown in self.crew.watch.slow.reports():
       self.pending.append(Straggler(slow, slowdown))
-    return np.asarray(tokens)
 
   def probe(self, ints: np.ndarray) -> np.ndarray:
     """A wide step of each attention rank, without a commit."""
@@ -120,6 +134,7 @@ class SplitProcess(ProcessBackend):
     super()._take_lost()
     for rank, found in self.crew.found():
       self._take_found(rank, found)
+    self._doubts.judge()
 
   def _take_found(self, rank: int, found: Found) -> None:
     """What a worker has found out, or is about to do."""
@@ -135,6 +150,8 @@ class SplitProcess(ProcessBackend):
         "healed", by=rank, rank=facts["rank"], layer=facts["layer"],
         experts=facts["experts"], seconds=facts["seconds"],
       )  # fmt: skip
+    elif found.name == "silent":
+      self._doubts.add(rank, facts["rank"])
     elif found.name == "link_bad":
       self._suspect(rank, facts["rank"])
     elif found.name in ("given_up", "unconnected"):
@@ -210,6 +227,10 @@ class SplitProcess(ProcessBackend):
     told = self._news()
     attending = self._attending()
     self.crew.inform(dict.fromkeys(attending, told), "routes")
+    # A new one's first step must not come before them, on its other connection.
+    new = set(attending) - self._routed
+    self.crew.tell(dict.fromkeys(new, told), "routes")
+    self._routed = set(attending)
     self.kv.ring(attending)
     switched = (view.home == Role.ATTENTION) & (view.role == Role.EXPERT)
     for rank in np.flatnonzero(switched & view.alive()).tolist():

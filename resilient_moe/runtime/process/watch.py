@@ -43,6 +43,10 @@ class Watch:
     silence = {r: self._prober.silence_s(r) for r in late}
     return stuck(silence, running_s, self.clock, self.limits)
 
+  def answers(self, rank: int) -> bool:
+    """Whether a worker has answered the last probe that it should have."""
+    return rank in self._watched and not self._prober.missed(rank)
+
   def stepped(self, seconds: float, local_s: Mapping[int, float]) -> None:
     """A step counts: how long it took, and each rank's own part of it."""
     self.clock.finished(seconds)

@@ -9,7 +9,7 @@ from resilient_moe.datapath.routes import ExpertsUnreachable
 from resilient_moe.faults import LINK_KINDS, Fault
 from resilient_moe.mesh.executables import Source
 from resilient_moe.recovery import LinkLost, RanksLeaving, Role, Straggler
-from resilient_moe.recovery.actions import Move
+from resilient_moe.recovery.actions import Action, Move
 from resilient_moe.recovery.checks import request_ranks
 from resilient_moe.runtime.device_store import LostRankError
 from resilient_moe.runtime.emulated import EmulatedBackend
@@ -19,7 +19,7 @@ from resilient_moe.runtime.split.store import SplitStore
 from resilient_moe.runtime.split.strikes import Strikes
 from resilient_moe.runtime.split.tables import routes_of
 from resilient_moe.runtime.weights import tree_bytes
-from resilient_moe.serving.backend import StepAborted
+from resilient_moe.serving.backend import Outcome, Placed, StepAborted
 from resilient_moe.serving.scheduler import StepBatch
 
 
@@ -82,6 +82,11 @@ class SplitEmulated(EmulatedBackend):
       for i, (rank,) in enumerate(self.domains())
     ]
     return np.concatenate([step.tokens for step in steps])
+
+  def execute(self, action: Action, placed: tuple[Placed, ...]) -> Outcome:
+    for p in placed:  # whatever becomes of their KV
+      self.seats.moved(p)
+    return super().execute(action, placed)
 
   # -- what the actions use (`execute.Hands`)
 

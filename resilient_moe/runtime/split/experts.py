@@ -29,10 +29,15 @@ class ExpertRank:
     self._experts = rank_arrays.put_experts(shape, slots, device)
     # Parcels name experts, so that a table that is out of date can't make
     # this rank compute with what a slot holds by now.
-    self._slot_of = np.full(shape.config.n_experts, -1, np.int32)
-    for slot, expert in enumerate(held):
-      if expert >= 0:
-        self._slot_of[expert] = slot
+    self._held = np.array(held, np.int32)
+    self._index()
+
+  def _index(self) -> None:
+    """Where each expert is; of several copies here any does."""
+    slot_of = np.full(self.shape.config.n_experts, -1, np.int32)
+    slots = np.flatnonzero(self._held >= 0)
+    slot_of[self._held[slots]] = slots
+    self._slot_of = slot_of
 
   def compute(
     self, layer: int, rows: np.ndarray, token: np.ndarray, expert: np.ndarray
@@ -82,8 +87,8 @@ class ExpertRank:
 
   def write_slot(self, slot: int, expert: int, weights: Tree) -> None:
     """One expert's weights ([L, ...] leaves) into a slot."""
-    self._slot_of[self._slot_of == slot] = -1
-    self._slot_of[expert] = slot
+    self._held[slot] = expert
+    self._index()
     self._experts = rank_arrays.write_slot(
       self._experts, self._programs["write_slot"], slot, weights, self.device
     )
@@ -100,10 +105,7 @@ class ExpertRank:
       )
       index = np.zeros(size, np.int32)
       self._part(0, rows, index, index)
-    held = np.flatnonzero(self._slot_of == 0)
-    self.write_slot(0, int(held[0]) if len(held) else 0, self.read_slot(0))
-    if not len(held):
-      self._slot_of[0] = -1
+    self.write_slot(0, int(self._held[0]), self.read_slot(0))
     self.wait()
 
   def wait(self) -> None:

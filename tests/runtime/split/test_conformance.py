@@ -25,7 +25,7 @@ def plan(lab: Lab) -> Iterator[Plan]:
   )  # fmt: skip
   _, backend = Host(lab, case).start()
   plan = Plan(Driver(backend))
-  plan.driver.accept(make_requests(n=8))
+  plan.driver.accept(make_requests(n=6))
   plan.driver.step(6)
   yield plan
   backend.close()

@@ -78,8 +78,8 @@ def test_shadows_serve_in_the_same_step(
 def test_without_shadows_the_step_is_done_again(lab: Lab, layer: int) -> None:
   fault = lost(3, inside="experts")
   host = run(lab, "mesh_shrink", (fault,), seed=seed_for(layer))
-  failed = of_kind(host.events, "step_failed")
-  assert len(failed) == 1
+  # Whoever was in a step: one on each attention rank, at most.
+  assert 1 <= len(of_kind(host.events, "step_failed")) <= 2
   assert of_kind(host.events, "healed") == []
   assert failures(host.events) == [("RanksLost", [3])]
 

@@ -47,7 +47,8 @@ def test_who_holds_the_only_copy_behind_a_cut_is_fenced(lab: Lab) -> None:
   assert failures(host.events) == [TOLERATED]
   assert names(host.events)[:2] == ["Fence", "RebuildMesh"]
   assert host.backends[-1].view().mesh.tolist() == [0, 1, 3, 4, 5]
-  assert len(of_kind(host.events, "step_failed")) == 1
+  # That of rank 0, and what rank 1 had begun before the fence.
+  assert 1 <= len(of_kind(host.events, "step_failed")) <= 2
 
 
 def test_a_replacement_has_links_of_its_own(lab: Lab) -> None:
@@ -61,9 +62,10 @@ def test_the_copy_that_made_a_cut_bearable_is_lost(lab: Lab) -> None:
   """Who is cut off has the only copies then, and is told of again."""
   host = run(lab, "tarragon", (cut(0, 2, 10), lost(3, at_step=40)),
              replace=False)  # fmt: skip
-  assert failures(host.events) == [
-    TOLERATED, ("RanksLost", [3]), TOLERATED
-  ]  # fmt: skip
+  first, second, *again = failures(host.events)
+  assert (first, second) == (TOLERATED, ("RanksLost", [3]))
+  assert again
+  assert set(map(str, again)) == {str(TOLERATED)}
   assert host.backends[-1].view().mesh.tolist() == [0, 1, 4, 5]
 
 
