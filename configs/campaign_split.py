@@ -69,7 +69,7 @@ def get_config() -> ml_collections.ConfigDict:
       "policy_kwargs": {name: {**GROWN, "losses": 2} for name in COVERED},
       # Two workers have the requests of four.
       "workload": {"rate": 0.12},
-      "workloads": {APART: {**many, "rate": 0.05}},
+      "workloads": {APART: {"count": 200, "rate": 0.05}},
       "leave_out": ",".join(
         f"{scenario}/{policy}"
         for policy, covered in COVERED.items()

@@ -24,9 +24,9 @@ Numbers = tuple[float | None, ...]  # a fault each; None: not reached
 NOTES = """\
 By whom a fault struck: AW (attention), EW (experts), AW+EW (both at once; roles
 as launched), or ranks that do both. Resume in fault-free median steps. Waits:
-the longest gap between two tokens around the fault, in fault-free median gaps:
-`own` of requests that the fault touched (an expert rank's loss touches all),
-`others` of those that it did not.
+the longest gap between two tokens from the fault to the next fault, in
+fault-free median gaps: `own` of requests that the fault touched (an expert
+rank's loss touches all), `others` of those that it did not.
 """
 # Of the table: column, field of a line, what it is multiplied by.
 _SHOWN = (

@@ -225,7 +225,8 @@ class Exchange:
     grouping.scatter(step.y, sent.where, result.y)
     of_rank = (s for s in self._sent.values() if s.rank == sent.rank)
     oldest = next(of_rank, None)
-    self._lookout.has_paid(sent.rank, oldest and oldest.at)
+    since = None if oldest is None else oldest.at
+    self._lookout.has_paid(sent.rank, since)
     step.cut.discard(sent.rank)
 
   def _look(self, step: _Step) -> None:

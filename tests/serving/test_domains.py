@@ -1,4 +1,4 @@
-"""`serve` with several domains: what breaks in one is not the others' concern."""
+"""`serve` with several domains: what breaks in one doesn't stop the others."""
 
 from typing import Any
 

@@ -22,6 +22,9 @@ from resilient_moe.runtime.split.attention import (
   live_lanes,
 )
 
+# A checkpoint that waits for idle links longer than a step falls behind, and
+# what it is behind is computed again after a loss.
+PATIENCE_S = 0.01
 MISSES = 3  # probes in a row without an answer
 Reached = Callable[[str, int], None]  # (place, layer): where a fault may be
 
@@ -52,8 +55,9 @@ class Attending:
     self._live: np.ndarray = np.zeros(0, bool)
     self._warnings: list[str] = []
     self.stream = KVStream(
-      rank, authkey, self._warnings.append, lambda: not self._busy()
-    )
+      rank, authkey, self._warnings.append, lambda: not self._busy(),
+      PATIENCE_S,
+    )  # fmt: skip
 
   def _busy(self) -> bool:
     return self._exchange is not None and self._exchange.busy
@@ -139,6 +143,7 @@ class Attending:
     self._reached("attention", layer)
     y = self._exchange.run(layer, h, experts, live)
     self._mark_s = time.monotonic()
+    self.stream.wake()  # the links are idle
     self.waited_s += self._mark_s - start
     self._span("exchange", start, self._mark_s)
     return y

@@ -1,6 +1,6 @@
 """What an attention rank (AW) holds, and its steps."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -12,6 +12,15 @@ from resilient_moe.runtime import rank_arrays
 Tree = dict[str, Any]
 Programs = Mapping[str, Any]  # name -> jax.stages.Compiled
 OnKV = Callable[[int, jax.Array], None]
+
+
+class Wanted(NamedTuple):
+  """What a step waits for: arguments of `ExpertsElsewhere.run`."""
+
+  layer: int
+  h: np.ndarray  # [N, D]
+  experts: np.ndarray  # [N, k]
+  live: np.ndarray  # [N] bool
 
 
 class ExpertsElsewhere(Protocol):
@@ -65,33 +74,46 @@ class AttentionRank:
     Raises:
       ExpertsUnreachable, ExchangeCancelled: the step is given up.
     """
-    run = self._programs
-    batch = self._put(ints)
+    layers = self.layers(width, ints, on_kv)
+    wanted = next(layers)
+    while True:
+      try:
+        wanted = layers.send(exchange.run(*wanted))
+      except StopIteration as ended:
+        step: Step = ended.value
+        return step
+
+  def layers(
+    self, width: int, ints: np.ndarray, on_kv: OnKV | None = None
+  ) -> Generator[Wanted, np.ndarray, Step]:
+    """The same, asking whoever drives it for the experts' outputs."""
+    run, options = self._programs, self.shape.config
     live = live_lanes(self.shape, width, ints)
-    read = (self._dense, self._cache, self._masked, batch)
+    # NumPy's arrays go in as they are: a `device_put` each costs more.
+    read = (self._dense, self._cache, self._masked, ints)
     at, kv = run[f"begin{width}"](*read)
-    new, first = [kv], self.shape.config.dense_layers
+    new = [kv]
     if on_kv is not None:
       on_kv(0, kv)
-    for layer in range(self.shape.config.moe_layers):
-      y = exchange.run(layer, np.asarray(at.h), np.asarray(at.chosen), live)
-      if layer + 1 == self.shape.config.moe_layers:
+    for layer in range(options.moe_layers):
+      y = yield Wanted(layer, np.asarray(at.h), np.asarray(at.chosen), live)
+      if layer + 1 == options.moe_layers:
         break
       at, kv = run[f"go_on{width}"](
-        *read, self._layers[layer + 1], at.x, at.gates, self._put(y)
+        *read, self._layers[layer + 1], at.x, at.gates, y
       )
       new.append(kv)
       if on_kv is not None:
-        on_kv(first + layer + 1, kv)
+        on_kv(options.dense_layers + layer + 1, kv)
     delta, tokens = run[f"finish{width}"](
-      self._dense, batch, at.x, at.gates, self._put(y), tuple(new)
+      self._dense, ints, at.x, at.gates, y, tuple(new)
     )
     return Step(width, ints, delta, np.asarray(tokens))
 
   def commit(self, step: Step) -> None:
     """The step counts: its delta goes into the (donated) cache."""
     commit = self._programs[f"commit{step.width}"]
-    self._cache = commit(self._cache, step.delta, self._put(step.ints))
+    self._cache = commit(self._cache, step.delta, step.ints)
 
   def read_row(self, row: int, tokens: int) -> np.ndarray:
     """KV of a request, [L, 2K, tokens, d], copied to the host."""

@@ -26,7 +26,7 @@ from resilient_moe.serving.scheduler import StepBatch
 class SplitEmulated(EmulatedBackend):
   """Every attention rank steps by itself (`serving.backend.Backend`)."""
 
-  store: SplitStore
+  store: SplitStore  # type: ignore[assignment]
 
   def __init__(self, *args: Any, seed: int = 0, **kwargs: Any) -> None:
     self._version = 0  # of the routes that were pushed last

@@ -79,10 +79,10 @@ class ExpertRank:
     tokens[:m] = token
     slots = np.full(size, self.shape.slots, np.int32)  # no expert
     slots[:m] = slot
-    arrays = jax.device_put(
-      (np.int32(layer), padded, tokens, slots), self.device
+    # NumPy's arrays go in as they are: a `device_put` each costs more.
+    y = self._programs[f"experts{size}"](
+      self._experts, np.int32(layer), padded, tokens, slots
     )
-    y = self._programs[f"experts{size}"](self._experts, *arrays)
     return np.asarray(y)[:m]
 
   def write_slot(self, slot: int, expert: int, weights: Tree) -> None:

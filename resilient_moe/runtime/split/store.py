@@ -119,8 +119,10 @@ class SplitStore:
 
   def wait(self) -> None:
     """Blocks until everything that was dispatched is done."""
-    for rank in (*self._attention.values(), *self._experts.values()):
-      rank.wait()
+    for attention in self._attention.values():
+      attention.wait()
+    for expert in self._experts.values():
+      expert.wait()
 
   def warm(self) -> None:
     """Runs every program of every rank once."""

@@ -13,14 +13,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
+
 from resilient_moe import recovery as rm
 from resilient_moe.faults import Fault, Injector
-from resilient_moe.report import History
+from resilient_moe.report import History, verdict
 from resilient_moe.report.history import of_kind
 from resilient_moe.runtime import assemble
 from resilient_moe.runtime.case import Case
 from resilient_moe.runtime.process import supervise
 from resilient_moe.runtime.process.split_backend import SplitProcess
+from resilient_moe.serving.backend import Outcome
 from resilient_moe.serving.loop import serve
 from resilient_moe.serving.request import Request
 from tests.runtime.harness import Lab, make_requests
@@ -30,12 +33,14 @@ from tests.runtime.process.harness import (
   Event,
   Marked,
   at_most,
-  kinds,
   process_case,
   seed_store,
 )
+from tests.runtime.watch import Watch, differences, world
 
 SETTLE_S = 10.0  # for what goes on behind the last step
+ALL = make_requests()
+FEW = ALL[:3]  # all of them find rows on a single attention worker
 
 
 def split_case(
@@ -47,9 +52,14 @@ def split_case(
   )  # fmt: skip
 
 
-def check(lab: Lab, events: list[Event], policy: str) -> None:
+def check(
+  lab: Lab, events: list[Event], policy: str,
+  requests: tuple[Request, ...] = ALL,
+) -> None:  # fmt: skip
   """All checkers are content, and the answers those of the twin."""
-  said = lab.verdict(events)
+  names = {r.request_id for r in requests}
+  twin = [e for e in lab.twin if e.get("request_id", "r0") in names]
+  said = verdict(events, twin)
   assert said["failed"] == [], said
   if rm.load(policy).lossless:
     assert said["checkers"]["exactness"]["value"] == "true"
@@ -58,6 +68,24 @@ def check(lab: Lab, events: list[Event], policy: str) -> None:
 
 def lost(*ranks: int, **when: Any) -> Fault:
   return Fault("rank_lost", ranks, **{"at_step": 12, **when})
+
+
+class Facts(Watch):
+  """Watches actions while others go on stepping: requests change meanwhile."""
+
+  def _watched(self, action: rm.Action, *args: Any) -> Outcome:
+    self.seen.append(type(action).__name__)
+    current, backend = args[:2]
+    before = world(backend, current.state)
+    outcome = self._carry_out(action, *args)
+    said = rm.advance(before, action)
+    if not outcome.detail.startswith("abandoned"):
+      found = differences(backend.view(), said)
+      self.wrong += [
+        f"after {action}: {line}" for line in found
+        if not line.startswith("requests")
+      ]  # fmt: skip
+    return outcome
 
 
 class Line(History):
@@ -81,16 +109,17 @@ class Engine:
   ) -> None:  # fmt: skip
     self.lab, self.case, self.backend = lab, case, backend
     self.plans, self.history = plans, history
+    self.seen: set[str] = set()  # actions
     self._runs = 0
-    self._steps = 0
 
   def __call__(
-    self, *faults: Fault, requests: tuple[Request, ...] | None = None,
+    self, *faults: Fault, requests: tuple[Request, ...] = ALL,
     progress: Callable[[Event], None] | None = None,
   ) -> list[Event]:  # fmt: skip
-    """Serves these requests under these faults to the end; the events.
+    """Serves requests under these faults to the end; the events.
 
-    Nobody may be left to replace; the answers must be the twin's.
+    The answers must be the twin's, whoever was lost has been replaced, and
+    after every action the world was what `advance` says.
     """
     self._runs += 1
     mark = f"{self._runs}:"  # what a former run has left must not serve
@@ -103,7 +132,7 @@ class Engine:
       fails_requests=policy.fails_requests, expected_faults=len(faults),
     )  # fmt: skip
     intake = _Clients(history)
-    for r in requests or make_requests():
+    for r in requests:
       intake.accept(
         dataclasses.replace(r, request_id=mark + r.request_id)
       )
@@ -115,16 +144,19 @@ class Engine:
 
     history.hear = hear
     self.backend.injector = Injector(faults)
-    serve(
-      intake, self.backend, policy, history.write,
-      chunk=self.plans.shape.options.chunk,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+      watch = Facts(patch)
+      serve(
+        intake, self.backend, policy, history.write,
+        chunk=self.plans.shape.options.chunk,
+      )  # fmt: skip
+    assert watch.wrong == []
+    self.seen.update(watch.seen)
     history.hear = lambda event: None
     history.write("end")
     text = json.dumps(history[first:]).replace(f'"{mark}', '"')
     events = json.loads(text)
-    if requests is None:
-      check(self.lab, events, self.case.policy)
+    check(self.lab, events, self.case.policy, requests)
     return events
 
   def call(self, op: str, *ranks: int, **args: Any) -> dict[int, Any]:
@@ -204,9 +236,3 @@ def between(events: list[Event], first: str, last: str) -> list[Event]:
 
 def failures(events: list[Event]) -> list[tuple[str, list[int]]]:
   return [(e["kind"], e["ranks"]) for e in of_kind(events, "failure")]
-
-
-__all__ = [
-  "Engine", "between", "check", "engine", "failures", "kinds", "lost",
-  "split_case", "steps_of",
-]  # fmt: skip

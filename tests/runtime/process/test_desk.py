@@ -185,7 +185,7 @@ def test_a_fenced_aw_is_refused_until_it_is_another(lab):
   until(lambda: desk._waiting)
   desk.fence(0, 1)
   assert (desk.refused, desk.live) == (1, {1})
-  assert fenced.receive(WAIT_S) == [Gone(EW)]
+  assert fenced.receive(WAIT_S) == [Gone(EW, 1)]
   other.send(EW, 1, parcel(1))
   answer(other, 1, 1)
   with pytest.raises(ConnectionError, match="AW 0 is fenced up to 1"):
@@ -205,7 +205,7 @@ def test_a_fence_stops_the_answer_that_is_being_computed(lab):
   assert lab.experts.began.wait(WAIT_S)
   desk.fence(0, 1)
   # At once, though the desk's thread computes.
-  assert fenced.receive(WAIT_S) == [Gone(EW)]
+  assert fenced.receive(WAIT_S) == [Gone(EW, 1)]
   lab.experts.go.set()
   serves(other)
 

@@ -150,7 +150,7 @@ def test_an_ew_that_is_killed_is_gone_and_the_others_answer(desk, peers, ew):
   ((_, _, y),) = peers.receive(WAIT_S)
   np.testing.assert_array_equal(y, ONE.rows * 2)
   os.kill(ew.pid, signal.SIGKILL)
-  assert peers.receive(WAIT_S) == [Gone(3)]
+  assert peers.receive(WAIT_S) == [Gone(3, 1)]
   peers.send(3, 1, ONE)
   assert peers.receive(0) == [Gone(3)]
   peers.send(4, 2, ONE)
@@ -170,7 +170,7 @@ def test_another_thread_ends_a_wait(desk, peers, how):
   # Both orders must do: it may wait already, or not yet.
   getattr(peers, how)(*[3] * (how == "disconnect"))
   waits.join(WAIT_S)
-  assert come == [[Gone(3)] if how == "disconnect" else []]
+  assert come == [[Gone(3, 1)] if how == "disconnect" else []]
 
 
 def test_connecting_again_changes_nothing(desk, peers):
@@ -188,7 +188,7 @@ def test_a_new_incarnation_replaces_the_link_whose_end_is_told(desk, peers):
   peers.connect(3, old.address, 1)
   peers.send(3, 0, ONE)
   peers.connect(3, desk.address, 2)
-  assert peers.receive(0) == [Gone(3)]
+  assert peers.receive(0) == [Gone(3, 1)]
   old.close()
   peers.send(3, 1, ONE)
   assert [r.ticket for r in peers.receive(WAIT_S)] == [1]
@@ -198,7 +198,7 @@ def test_a_link_that_ended_can_be_opened_again(desk, peers):
   peers.connect(3, desk.address, 1)
   peers.disconnect(3)
   peers.disconnect(3)
-  assert peers.receive(WAIT_S) == [Gone(3)]
+  assert peers.receive(WAIT_S) == [Gone(3, 1)]
   peers.connect(3, desk.address, 1)
   peers.send(3, 1, ONE)
   assert [r.ticket for r in peers.receive(WAIT_S)] == [1]
@@ -229,7 +229,7 @@ def test_an_ew_that_is_not_there_is_named(peers):
 )
 def test_an_ew_that_talks_nonsense_is_gone(peers, raw, data, complaint):
   raw.sendall(data)
-  assert peers.receive(WAIT_S) == [Gone(3)]
+  assert peers.receive(WAIT_S) == [Gone(3, 1)]
   with pytest.raises(ValueError, match="EW 3: .*" + complaint):
     raise ValueError(*peers.complaints)
 
@@ -273,7 +273,7 @@ def test_answers_around_a_failure_are_kept(peers, raw):
   raw.shutdown(socket.SHUT_WR)
   come: list = []
   failures: list[ComputeFailed] = []
-  while Gone(3) not in come:
+  while Gone(3, 1) not in come:
     try:
       come += peers.receive(WAIT_S)
     except ComputeFailed as error:
@@ -322,4 +322,4 @@ def test_a_computation_must_return_one_row_an_assignment(peers, y):
 def test_the_end_of_an_ew_is_told(desk, peers):
   peers.connect(3, desk.address, 1)
   desk.close()
-  assert peers.receive(WAIT_S) == [Gone(3)]
+  assert peers.receive(WAIT_S) == [Gone(3, 1)]

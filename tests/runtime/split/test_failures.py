@@ -6,7 +6,8 @@ import pytest
 
 from resilient_moe.faults import Schedule
 from resilient_moe.report.history import of_kind
-from tests.runtime.harness import MODEL, Event, Host, Lab
+from tests.runtime.drive import Driver
+from tests.runtime.harness import MODEL, Event, Host, Lab, make_requests
 from tests.runtime.split.apart import (
   apart,
   cut,
@@ -106,3 +107,15 @@ def test_a_loss_in_a_recovery_may_be_a_link(lab: Lab) -> None:
   faults = (lost(1, at_step=10), cut(0, 2, None, during_recovery=1))
   host = run(lab, "tarragon", faults)
   assert failures(host.events) == [("RanksLost", [1]), ("LinkLost", [0, 2])]
+
+
+def test_what_a_lost_rank_has_sent_still_counts(lab: Lab) -> None:
+  _, backend = Host(lab, apart(lab, "none")).start()
+  driver = Driver(backend)
+  driver.accept(make_requests(n=4))
+  driver.step(3)
+  before = dict(backend.store.traffic())
+  assert min(before[1]) > 0
+  backend.store.lose(1)
+  assert backend.store.traffic() == before
+  backend.close()
