@@ -140,6 +140,12 @@ class Exchange:
       ExpertsUnreachable: no push has brought a lost expert back in time.
       ExchangeCancelled: `cancel` was called.
     """
+    return self.end(self.begin(layer, h, experts, live))
+
+  def begin(
+    self, layer: int, h: np.ndarray, experts: np.ndarray, live: np.ndarray
+  ) -> _Step:
+    """Sends everything; whoever drives several AWs then calls `end` of each."""
     (n, k), width = experts.shape, h.shape[1]
     if h.shape[0] != n or live.shape != (n,):
       raise ValueError(
@@ -151,11 +157,22 @@ class Exchange:
       self._heal(step)
       wanted = grouping.assignments(live, k)
       self._dispatch(step, _Lost(-1, self._now(), wanted), first=True)
+    except BaseException:
+      self._forget()
+      raise
+    return step
+
+  def end(self, step: _Step) -> np.ndarray:
+    """Waits until every assignment is in; what `run` returns and raises."""
+    try:
       self._collect(step)
     finally:
-      self._sent.clear()
-      self._lookout.clear()
-    return step.y.reshape(n, k, width)
+      self._forget()
+    return step.y.reshape(*step.experts.shape, -1)
+
+  def _forget(self) -> None:
+    self._sent.clear()
+    self._lookout.clear()
 
   def _collect(self, step: _Step) -> None:
     while True:

@@ -8,7 +8,9 @@ import pytest
 from resilient_moe import recovery as rm
 from resilient_moe.report import History
 from resilient_moe.report.history import of_kind
+from resilient_moe.serving.recover import Recovery
 from resilient_moe.serving.request import Request
+from resilient_moe.serving.state import Current, SchedulerState
 from tests.serving import domains
 from tests.serving.runs import check, some_requests
 
@@ -169,6 +171,23 @@ def test_what_is_tolerated_leaves_the_plan_at_hand_as_it_is(
     )
     check(history, requests)
     _one_plan(history)
+
+
+def test_who_is_moved_next_begins_no_step() -> None:
+  """Else the action behind traffic would wait for ever."""
+  policy = rm.load("none")
+  view = domains.bare(2, 2)
+  backend = domains.Domains(
+    view, policy.prepare(view), History(), np.random.default_rng(0)
+  )
+  recovery = Recovery(
+    policy, backend, History().write, Current(SchedulerState())
+  )
+  recovery.repair.append(rm.Requeue(("a", "b")))
+  assert recovery.held() == {"a", "b"}
+  recovery.repair.append(rm.Requeue(("c",)))
+  recovery.at_hand = rm.Requeue(("d",))
+  assert recovery.held() == {"d"}
 
 
 def _one_plan(history: History) -> None:

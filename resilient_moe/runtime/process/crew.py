@@ -7,7 +7,6 @@ collectives that the dead one is a member of. What only looks dead is judged by
 `watch.Watch`.
 """
 
-import contextlib
 import math
 import os
 import secrets
@@ -25,6 +24,7 @@ from resilient_moe.runtime.process.mate import (
   Answers,
   Mate,
   WorkerFailed,
+  last_words,
   spawn,
   tell,
 )
@@ -343,18 +343,10 @@ class Crew:
     """A worker is dead: whoever waits for it in a collective is freed."""
     if self._mates.get(mate.rank) is not mate:
       return
-    self._hear_last(mate)
+    self._found += [(mate.rank, found) for found in last_words(mate)]
     self._remove(mate)
     self._lost.append(mate.rank)
     self._departed.kill(mate)
-
-  def _hear_last(self, mate: Mate) -> None:
-    """What it found right before its end."""
-    with contextlib.suppress(EOFError, OSError):  # that was all
-      while mate.control is not None and mate.control.poll():
-        said = mate.control.recv()
-        if isinstance(said, Found):
-          self._found.append((mate.rank, said))
 
   def _remove(self, mate: Mate) -> None:
     del self._mates[mate.rank]

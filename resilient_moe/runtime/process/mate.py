@@ -11,7 +11,13 @@ from typing import Any
 
 from resilient_moe.runtime.parent import as_parent
 from resilient_moe.runtime.process.cluster import Cluster
-from resilient_moe.runtime.process.wire import AUTHKEY, Address, Member, Up
+from resilient_moe.runtime.process.wire import (
+  AUTHKEY,
+  Address,
+  Found,
+  Member,
+  Up,
+)
 
 
 class WorkerFailed(RuntimeError):
@@ -84,6 +90,17 @@ def tell(mate: Mate, message: object) -> None:
   if mate.control is not None:
     with contextlib.suppress(OSError):
       mate.control.send(message)
+
+
+def last_words(mate: Mate) -> list[Found]:
+  """What a worker that has died still had to say unasked."""
+  said: list[Found] = []
+  with contextlib.suppress(EOFError, OSError):  # that was all
+    while mate.control is not None and mate.control.poll():
+      message = mate.control.recv()
+      if isinstance(message, Found):
+        said.append(message)
+  return said
 
 
 def kill(mate: Mate) -> None:

@@ -192,6 +192,7 @@ class SplitShard:
   ) -> list[tuple[str, int, int, str]]:
     """KV of requests into rows: (request, positions, bytes, why not)."""
     said = []
+    self._forget_others({fields["address"] for fields in rows})
     for fields in rows:
       name = fields.pop("request_id")
       try:
@@ -221,9 +222,15 @@ class SplitShard:
 
   def fill(self, fills: list[dict[str, Any]]) -> int:
     """Experts' weights into slots; bytes."""
+    self._forget_others({f["source"][0] for f in fills if f["source"]})
     return sum(
       self._holding.fill(**fill, client=self._client) for fill in fills
     )
+
+  def _forget_others(self, addresses: set[Address]) -> None:
+    """Ends the other links: some are to processes that are gone."""
+    for address in set(self._clients) - addresses:
+      self._clients.pop(address).close()
 
   def _client(self, address: Address) -> DataClient:
     if address not in self._clients:

@@ -50,6 +50,7 @@ class AttentionRank:
   ) -> None:  # fmt: skip
     self.shape = shape
     self.device = device
+    self.deleted = False
     self._programs = programs
     self._dense = rank_arrays.put_dense(dense, device)
     self._cache = rank_arrays.put_cache(shape, device)
@@ -138,6 +139,7 @@ class AttentionRank:
 
   def delete(self) -> None:
     """The rank is lost: any later use of its arrays is an error."""
+    self.deleted = True
     for array in jax.tree.leaves((self._dense, self._cache, self._masked)):
       array.delete()
 

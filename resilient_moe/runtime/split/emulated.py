@@ -1,25 +1,31 @@
 """The emulated runtime with attention and experts on different ranks."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from resilient_moe.datapath.exchange import ExchangeCancelled
-from resilient_moe.datapath.routes import ExpertsUnreachable
-from resilient_moe.faults import LINK_KINDS, Fault
+from resilient_moe.faults import LINK_KINDS, Fault, Moment
 from resilient_moe.mesh.executables import Source
 from resilient_moe.recovery import LinkLost, RanksLeaving, Role, Straggler
 from resilient_moe.recovery.actions import Action, Move
 from resilient_moe.recovery.checks import request_ranks
-from resilient_moe.runtime.device_store import LostRankError
 from resilient_moe.runtime.emulated import EmulatedBackend
 from resilient_moe.runtime.execute import Mesh
 from resilient_moe.runtime.instance import packed
+from resilient_moe.runtime.split.attention import Step
 from resilient_moe.runtime.split.store import SplitStore
 from resilient_moe.runtime.split.strikes import Strikes
 from resilient_moe.runtime.split.tables import routes_of
+from resilient_moe.runtime.split.walk import Asked
 from resilient_moe.runtime.weights import tree_bytes
-from resilient_moe.serving.backend import Outcome, Placed, StepAborted
+from resilient_moe.serving.backend import (
+  Outcome,
+  Placed,
+  StepAborted,
+  Stepped,
+)
 from resilient_moe.serving.scheduler import StepBatch
 
 
@@ -30,6 +36,7 @@ class SplitEmulated(EmulatedBackend):
 
   def __init__(self, *args: Any, seed: int = 0, **kwargs: Any) -> None:
     self._version = 0  # of the routes that were pushed last
+    self._moments: dict[int, Moment] = {}  # rank -> of its last step
     super().__init__(*args, **kwargs)
     self._strikes = Strikes(
       seed, self.shape.config.moe_layers, self._attends, self._happen
@@ -48,24 +55,44 @@ class SplitEmulated(EmulatedBackend):
   # -- steps
 
   def step(self, batch: StepBatch) -> np.ndarray:
-    (rank,) = batch.mesh
-    self.seats.note(batch, committed=False)
-    settled = self.readiness.done and not self.repairing
-    for fault in self.due_in_step(batch, settled):
-      self._begin_fault(fault)
-    self._mend_links()
-    self._strikes.prefills = bool(batch.chunks)
-    try:
-      step = self.store.step(
-        rank, batch.width, packed(batch),
-        lambda place, at, layer: self._reached(rank, place, at, layer),
-      )  # fmt: skip
-    except (LostRankError, ExpertsUnreachable, ExchangeCancelled) as error:
-      raise StepAborted from error
-    finally:
-      self._strikes.between()
-    if not self.store.attends(rank):
+    (ended,) = self._together((batch,))
+    if ended.tokens is None:
       raise StepAborted
+    return ended.tokens
+
+  def finished(self, wait_s: float) -> list[Stepped]:
+    """All steps that were begun, layer by layer together."""
+    del wait_s
+    begun, self._begun = self._begun, ()
+    return self._together(begun)
+
+  def _together(self, batches: Sequence[StepBatch]) -> list[Stepped]:
+    settled = self.readiness.done and not self.repairing
+    self._mend_links()
+    self._strikes.prefills = {b.mesh[0] for b in batches if b.chunks}
+    for batch in batches:
+      self.seats.note(batch, committed=False)
+      for fault in self.due_in_step(batch, settled):
+        self._begin_fault(fault)
+      self._moments[batch.mesh[0]] = self._moment
+    there = [b for b in batches if self.store.attends(b.mesh[0])]
+    steps = self.store.steps([self._asked(b) for b in there])
+    self._strikes.between()
+    made = dict(zip((b.number for b in there), steps, strict=True))
+    return [Stepped(b, self._counts(b, made.get(b.number))) for b in batches]
+
+  def _asked(self, batch: StepBatch) -> Asked:
+    (rank,) = batch.mesh
+    hook = functools.partial(self._reached, rank)
+    return Asked(rank, batch.width, packed(batch), hook)
+
+  def _counts(
+    self, batch: StepBatch, step: Step | Exception | None
+  ) -> np.ndarray | None:
+    """Commits a step that got through; its tokens."""
+    (rank,) = batch.mesh
+    if not isinstance(step, Step) or not self.store.attends(rank):
+      return None
     # Only now: a commit on top of a step that fails would lose the cache.
     self.store.commit(rank, step)
     self.seats.note(batch, committed=True)
@@ -199,6 +226,7 @@ class SplitEmulated(EmulatedBackend):
         self.store.routes_of(attention).up(expert)
 
   def _reached(self, rank: int, place: str, at: int, layer: int) -> None:
+    self._moment = self._moments[rank]  # steps of others began since
     self._strikes.reached(rank, place, at, layer)
     if not self.store.attends(rank):
       raise StepAborted

@@ -5,12 +5,14 @@ is called where a rank attends, has a parcel, or computes it, and may delete
 what ranks hold (or end the step by raising).
 """
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
+from resilient_moe.datapath.gather import merge, split
 from resilient_moe.datapath.parcels import Gone, Parcel, Result
 from resilient_moe.runtime.split.experts import ExpertRank
+from resilient_moe.serving.backend import StepAborted
 
 # (attention | exchange | experts, rank, layer)
 Hook = Callable[[str, int, int], None]
@@ -29,6 +31,7 @@ class InlineLinks:
     # Which of a rank's processes its device stands for; 0 if it isn't there.
     self.incarnations: dict[int, int] = {}
     self._mends: dict[Link, float] = {}  # when, monotonic
+    self.queue: list[_Queued] = []
     self._transports: dict[int, InlineTransport] = {}
 
   def of(self, rank: int) -> "InlineTransport":
@@ -70,22 +73,48 @@ class InlineLinks:
     self.delay_s.pop(link, None)
     self._mends.pop(link, None)
 
-  @contextlib.contextmanager
-  def hooked(self, rank: int, hook: Hook) -> Iterator[None]:
-    """Calls `hook` while the attention rank does a step."""
-    transport = self._transports[rank]
-    transport.begin(hook)
-    try:
-      yield
-    finally:
-      transport.begin(_nothing)
+  def hook(self, rank: int, hook: Hook | None) -> None:
+    """Calls `hook` from now on where the attention rank's step is."""
+    self._transports[rank].begin(hook or _nothing)
+    self.queue = [q for q in self.queue if q.sender.rank != rank]
+
+  def compute(self) -> None:
+    """What has been sent so far, each expert rank a layer's at once."""
+    queue, self.queue = self.queue, []
+    groups: dict[tuple[int, int], list[_Queued]] = {}
+    for q in queue:
+      groups.setdefault((q.rank, q.parcel.layer), []).append(q)
+    for (rank, layer), batch in groups.items():
+      self._compute(rank, layer, batch)
+
+  def _compute(self, rank: int, layer: int, batch: "list[_Queued]") -> None:
+    batch = [q for q in batch if q.sender.reaches("experts", rank, layer)]
+    expert = self.experts.get(rank)
+    if expert is None:
+      gone = Gone(rank, self.incarnations.get(rank, 0))
+      for q in batch:
+        q.sender.put(rank, gone)
+    elif batch:
+      rows, token, names, splits = merge([q.parcel for q in batch])
+      parts = split(expert.compute(layer, rows, token, names), splits)
+      for q, y in zip(batch, parts, strict=True):
+        q.sender.put(rank, Result(rank, q.ticket, y))
+
+
+class _Queued(NamedTuple):
+  """A parcel that has arrived and waits to be computed."""
+
+  sender: "InlineTransport"
+  rank: int
+  ticket: int
+  parcel: Parcel
 
 
 class InlineTransport:
   """One attention rank's links (`datapath.parcels.Transport`)."""
 
   def __init__(self, rank: int, links: InlineLinks) -> None:
-    self._rank = rank
+    self.rank = rank
     self._links = links
     self._inbox: list[tuple[float, Result | Gone]] = []  # due at
     self.begin(_nothing)
@@ -94,29 +123,38 @@ class InlineTransport:
     """A step begins, or has ended."""
     self._hook = hook
     self._layer = -1
+    self._aborted = False
 
   def send(self, rank: int, ticket: int, parcel: Parcel) -> None:
     if parcel.layer != self._layer:  # the first of a layer
       self._layer = parcel.layer
-      self._hook("attention", self._rank, parcel.layer)
+      self._hook("attention", self.rank, parcel.layer)
     self._hook("exchange", rank, parcel.layer)
-    link = (self._rank, rank)
+    link = (self.rank, rank)
     if link in self._links.cut:
       return
-    due = time.monotonic() + self._links.delay_s.get(link, 0.0)
-    self._hook("experts", rank, parcel.layer)
-    expert = self._links.experts.get(rank)
-    if expert is None:
-      which = self._links.incarnations.get(rank, 0)
-      self._inbox.append((due, Gone(rank, which)))
-      return
-    y = expert.compute(parcel.layer, parcel.rows, parcel.token, parcel.slot)
-    self._inbox.append((due, Result(rank, ticket, y)))
+    self._links.queue.append(_Queued(self, rank, ticket, parcel))
+
+  def reaches(self, place: str, rank: int, layer: int) -> bool:
+    """Whether the step goes on behind a place where a fault may strike."""
+    try:
+      self._hook(place, rank, layer)
+    except StepAborted:
+      self._aborted = True  # told when this rank asks, whoever computes now
+    return not self._aborted
+
+  def put(self, rank: int, news: Result | Gone) -> None:
+    """It arrives once the link has carried it."""
+    late_s = self._links.delay_s.get((self.rank, rank), 0.0)
+    self._inbox.append((time.monotonic() + late_s, news))
 
   def send_urgent(self, rank: int, ticket: int, parcel: Parcel) -> None:
     self.send(rank, ticket, parcel)  # nobody waits: it is computed at once
 
   def receive(self, wait_s: float) -> list[Result | Gone]:
+    self._links.compute()
+    if self._aborted:
+      raise StepAborted
     here = self._take()
     if not here and wait_s:
       now = time.monotonic()

@@ -21,6 +21,7 @@ from resilient_moe.runtime.split.attention import AttentionRank, Step
 from resilient_moe.runtime.split.experts import ExpertRank
 from resilient_moe.runtime.split.families import programs_of
 from resilient_moe.runtime.split.inline import Hook, InlineLinks
+from resilient_moe.runtime.split.walk import Asked, Walk
 from resilient_moe.runtime.weights import WeightTiers
 
 Tree = dict[str, Any]
@@ -172,9 +173,33 @@ class SplitStore:
 
   def step(self, rank: int, width: int, ints: np.ndarray, hook: Hook) -> Step:
     """One step of an attention rank; nothing has changed yet."""
-    attention = self._check(self._attention, rank)
-    with self.links.hooked(rank, hook):
-      return attention.step(width, ints, self._exchanges[rank][0])
+    (step,) = self.steps([Asked(rank, width, ints, hook)])
+    if isinstance(step, Exception):
+      raise step
+    return step
+
+  def steps(self, asked: Sequence[Asked]) -> list[Step | Exception]:
+    """Steps of several attention ranks, layer by layer together.
+
+    So that an expert rank computes a layer's tokens of all of them at once.
+    Nothing has changed yet; what has ended a step stands in its place.
+    """
+    walks = [
+      Walk(self._check(self._attention, a.rank), self._exchanges[a.rank][0], a)
+      for a in asked
+    ]
+    for a in asked:
+      self.links.hook(a.rank, a.hook)
+    try:
+      while any(walk.ended is None for walk in walks):
+        for walk in walks:
+          walk.send()
+        for walk in walks:
+          walk.receive()
+    finally:
+      for a in asked:
+        self.links.hook(a.rank, None)
+    return [walk.outcome() for walk in walks]
 
   def commit(self, rank: int, step: Step) -> None:
     self._check(self._attention, rank).commit(step)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from resilient_moe.faults import Fault
 
-PATIENCE = 8  # steps after which a fault strikes between two steps
+PATIENCE = 4  # rounds of steps, after which a fault strikes between two
 
 
 @dataclasses.dataclass
@@ -34,7 +34,7 @@ class Strikes:
     self._attends = attends
     self._strike = strike
     self._armed: list[_Armed] = []
-    self.prefills = False  # the step that is under way
+    self.prefills: set[int] = set()  # ranks whose step under way does
 
   def arm(self, fault: Fault) -> None:
     """Lets a fault strike inside one of the next steps."""
@@ -52,14 +52,11 @@ class Strikes:
       here = stepping in mine if mine else rank in victims
       if place == "attention":
         here = rank in victims
-      here &= armed.fault.phase in ("any", self._phase)
+      phase = "prefill" if stepping in self.prefills else "decode"
+      here &= armed.fault.phase in ("any", phase)
       if armed.place == place and armed.layer == layer and here:
         self._armed.remove(armed)
         self._strike(armed.fault)
-
-  @property
-  def _phase(self) -> str:
-    return "prefill" if self.prefills else "decode"
 
   def between(self) -> None:
     """Between two steps: strikes what has waited for too long."""

@@ -114,11 +114,12 @@ class Engine:
 
   def __call__(
     self, *faults: Fault, requests: tuple[Request, ...] = ALL,
-    progress: Callable[[Event], None] | None = None,
+    progress: Callable[[Event], None] | None = None, until: str = "run",
   ) -> list[Event]:  # fmt: skip
     """Serves requests under these faults to the end; the events.
 
-    The answers must be the twin's, whoever was lost has been replaced, and
+    Somebody may still ask something before the event `until` is seen. The
+    answers must be the twin's, whoever was lost has been replaced, and
     after every action the world was what `advance` says.
     """
     self._runs += 1
@@ -131,7 +132,7 @@ class Engine:
       lossless=policy.lossless, exact=True,
       fails_requests=policy.fails_requests, expected_faults=len(faults),
     )  # fmt: skip
-    intake = _Clients(history)
+    intake = _Clients(history, until)
     for r in requests:
       intake.accept(
         dataclasses.replace(r, request_id=mark + r.request_id)
@@ -184,7 +185,9 @@ class Engine:
 class _Clients(ListIntake):
   """Hears what it is answered."""
 
-  def __init__(self, history: Line) -> None:
+  def __init__(self, history: Line, until: str) -> None:
+    self._until = until
+    self._seen = {"run"}
     super().__init__(
       lambda r: history.write(
         "accepted", request_id=r.request_id, retry_of=r.retry_of,
@@ -192,7 +195,11 @@ class _Clients(ListIntake):
       )  # fmt: skip
     )
 
+  def closed(self) -> bool:
+    return self._until in self._seen and super().closed()
+
   def hear(self, event: Event) -> None:
+    self._seen.add(event["event"])
     if event["event"] == "step":
       for name, _, token in event["emitted"]:
         self.tokens[name].append(token)

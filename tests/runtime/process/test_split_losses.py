@@ -178,7 +178,7 @@ def test_who_is_stuck_is_fenced_refused_and_killed(
   stuck = Fault("rank_stuck", (rank,), at_step=12, resume_s=resume_s)
   old = served.backend.crew.mate(rank)
   assert old.process is not None
-  events = served(stuck)
+  events = served(stuck, until="redundancy")
   assert failures(events) == [("RanksLost", [rank])]
   texts = kinds(events, "warning", "text")
   assert f"rank {rank} is alive and does not answer: fenced" in texts
@@ -258,7 +258,7 @@ def test_nothing_is_left_of_all_these_replacements(served: Engine) -> None:
 
 def test_a_store_is_lost_then_one_that_used_it(served: Engine) -> None:
   """Once another takes over, and once there is none."""
-  faults = Fault("store_lost", (), at_step=6), lost(0, at_step=20)
+  faults = Fault("store_lost", (), at_step=6), lost(0, at_step=40)
   events = served(*faults, requests=FEW)
   texts = " ".join(kinds(events, "warning", "text"))
   assert "KV store 0 is gone: requests of ranks [0] stream to another" in texts
