@@ -15,12 +15,17 @@ OnKV = Callable[[int, jax.Array], None]
 
 
 class Wanted(NamedTuple):
-  """What a step waits for: arguments of `ExpertsElsewhere.run`."""
+  """What a step waits for; its arrays may still be computed."""
 
   layer: int
-  h: np.ndarray  # [N, D]
-  experts: np.ndarray  # [N, k]
+  h: jax.Array  # [N, D]
+  experts: jax.Array  # [N, k]
   live: np.ndarray  # [N] bool
+
+  def read(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    """Arguments of `ExpertsElsewhere.run`, waited for."""
+    h, experts = np.asarray(self.h), np.asarray(self.experts)
+    return self.layer, h, experts, self.live
 
 
 class ExpertsElsewhere(Protocol):
@@ -79,7 +84,7 @@ class AttentionRank:
     wanted = next(layers)
     while True:
       try:
-        wanted = layers.send(exchange.run(*wanted))
+        wanted = layers.send(exchange.run(*wanted.read()))
       except StopIteration as ended:
         step: Step = ended.value
         return step
@@ -97,7 +102,7 @@ class AttentionRank:
     if on_kv is not None:
       on_kv(0, kv)
     for layer in range(options.moe_layers):
-      y = yield Wanted(layer, np.asarray(at.h), np.asarray(at.chosen), live)
+      y = yield Wanted(layer, at.h, at.chosen, live)
       if layer + 1 == options.moe_layers:
         break
       at, kv = run[f"go_on{width}"](

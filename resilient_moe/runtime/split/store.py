@@ -193,6 +193,8 @@ class SplitStore:
     try:
       while any(walk.ended is None for walk in walks):
         for walk in walks:
+          walk.attend()
+        for walk in walks:
           walk.send()
         for walk in walks:
           walk.receive()
