@@ -67,12 +67,11 @@ class SplitEmulated(EmulatedBackend):
     return self._together(begun)
 
   def _together(self, batches: Sequence[StepBatch]) -> list[Stepped]:
-    settled = self.readiness.done and not self.repairing
     self._mend_links()
     self._strikes.prefills = {b.mesh[0] for b in batches if b.chunks}
     for batch in batches:
       self.seats.note(batch, committed=False)
-      for fault in self.due_in_step(batch, settled):
+      for fault in self.due_in_step(batch, self._settled()):
         self._begin_fault(fault)
       self._moments[batch.mesh[0]] = self._moment
     there = [b for b in batches if self.store.attends(b.mesh[0])]
@@ -80,6 +79,11 @@ class SplitEmulated(EmulatedBackend):
     self._strikes.between()
     made = dict(zip((b.number for b in there), steps, strict=True))
     return [Stepped(b, self._counts(b, made.get(b.number))) for b in batches]
+
+  def _settled(self) -> bool:
+    """Nothing is under way: no repair, no fault on its way, none unheard."""
+    busy = self.repairing or self.pending or self._strikes.waiting
+    return self.readiness.done and not busy
 
   def _asked(self, batch: StepBatch) -> Asked:
     (rank,) = batch.mesh

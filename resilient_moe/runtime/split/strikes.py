@@ -36,6 +36,11 @@ class Strikes:
     self._armed: list[_Armed] = []
     self.prefills: set[int] = set()  # ranks whose step under way does
 
+  @property
+  def waiting(self) -> bool:
+    """Whether a fault waits for its place."""
+    return bool(self._armed)
+
   def arm(self, fault: Fault) -> None:
     """Lets a fault strike inside one of the next steps."""
     expert = not any(map(self._attends, fault.ranks))

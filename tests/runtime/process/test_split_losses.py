@@ -35,6 +35,9 @@ from tests.runtime.process.split import (
 pytestmark = pytest.mark.slow
 
 ATTENTION, EXPERTS = (0, 1), (2, 3, 4, 5)
+# A busy machine may hold a worker up for longer than a link is given.
+EXCHANGE = {"stores": 2, "link_s": 1.5}
+MEND_S = 2.5
 FILES, THREADS = 8, 6  # more than at first, after all these replacements
 
 
@@ -45,7 +48,7 @@ def served(
   with marking() as marked:
     folder = tmp_path_factory.mktemp("split")
     with engine(
-      lab, folder, marked, "tarragon", ranks=6, exchange={"stores": 2}
+      lab, folder, marked, "tarragon", ranks=6, exchange=EXCHANGE
     ) as made:
       yield made
 
@@ -65,7 +68,7 @@ def test_without_faults_nobody_notices_anything(served: Engine) -> None:
 def test_an_expert_workers_end_pauses_nobody(served: Engine) -> None:
   """It is healed before the orchestrator has a plan; nobody is prepared."""
   compiled = served.call("compiled", 0, 1, 2, 4, 5)
-  events = served(lost(3))
+  events = served(lost(3, inside="experts"))
   assert failures(events) == [("RanksLost", [3])]
   assert of_kind(events, "step_failed") == []
   assert kinds(events, "resumed", "paused") == [[]]
@@ -118,6 +121,7 @@ def test_wherever_it_is_lost_no_token_changes(
   assert kinds(events, "fault", "ranks") == [[rank]]
   if rank in EXPERTS:
     assert of_kind(events, "step_failed") == []
+  if rank in EXPERTS and "inside" in when:
     assert rank in {e["rank"] for e in of_kind(events, "healed")}
 
 
@@ -209,14 +213,15 @@ def test_who_is_held_up_for_a_moment_serves_again(served: Engine) -> None:
   assert 3 in {e["rank"] for e in of_kind(events, "healed")}
   assert served.pid(3) == old
   # It is used again, as the next one to look for it finds.
-  assert of_kind(served(lost(3)), "healed")
+  again = served(lost(3, inside="experts"))
+  assert 3 in {e["rank"] for e in of_kind(again, "healed")}
 
 
 @pytest.mark.parametrize("kind", ["link_cut", "link_slow"])
 def test_a_bad_link_hurts_nobody_else(served: Engine, kind: str) -> None:
   delay_s = 0.02 if kind == "link_slow" else None
   events = served(
-    Fault(kind, (0, 3), at_step=12, delay_s=delay_s, resume_s=1.0)
+    Fault(kind, (0, 3), at_step=12, delay_s=delay_s, resume_s=MEND_S)
   )
   assert of_kind(events, "step_failed") == []
   # Slow isn't cut.

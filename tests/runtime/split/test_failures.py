@@ -119,3 +119,13 @@ def test_what_a_lost_rank_has_sent_still_counts(lab: Lab) -> None:
   backend.store.lose(1)
   assert backend.store.traffic() == before
   backend.close()
+
+
+def test_what_waits_till_all_are_back_comes_one_at_a_time(lab: Lab) -> None:
+  """Also while the first is still on its way to its place in a step."""
+  faults = tuple(
+    lost(rank, at_step=10, after_ready=True) for rank in (0, 1, 0)
+  )
+  host = run(lab, "tarragon", faults)
+  found = [ranks for _, ranks in failures(host.events)]
+  assert found == [[0], [1], [0]]
