@@ -24,7 +24,7 @@ from resilient_moe.recovery.failures import (
   Straggler,
 )
 from resilient_moe.recovery.growth import next_meshes, regrow
-from resilient_moe.recovery.links import cut_off
+from resilient_moe.recovery.links import needed
 from resilient_moe.recovery.packing import routing_table
 from resilient_moe.recovery.placement import place
 from resilient_moe.recovery.plan import Plan
@@ -79,13 +79,19 @@ def compose(
       )
     if isinstance(failure, LinkLost):
       _ranks_of(view, failure)
-      if not len(cut_off(view, failure)):
+      if not needed(view, failure):
         return Infeasible(
           f"no need: all experts of rank {failure.expert} have another copy "
           f"that rank {failure.attention} can reach"
         )
-      failure = RanksLost((failure.expert,))  # of no use to all of them
-    plan = _recover(view, failure, ranks, experts, requests)
+      failure, other = (  # a rank that not all can reach is of no use
+        RanksLost((failure.expert,)), RanksLost((failure.attention,)),
+      )  # fmt: skip
+      plan = _recover(view, failure, ranks, experts, requests)
+      if isinstance(plan, Infeasible):
+        plan = _recover(view, other, ranks, experts, requests)
+    else:
+      plan = _recover(view, failure, ranks, experts, requests)
     if isinstance(plan, Infeasible) or not rearm or ranks.restart:
       return plan
     after = advance_all(view, plan.resume + plan.repair)

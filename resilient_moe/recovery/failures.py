@@ -31,10 +31,15 @@ class Straggler:
 
 @dataclasses.dataclass(frozen=True)
 class LinkLost:
-  """An attention rank can't reach an expert rank, while both live."""
+  """An attention rank can't reach an expert rank, while both live.
+
+  `elsewhere`: whether it reaches another copy of what it wanted there, as it
+  knows itself, other lost links considered; None: it doesn't say.
+  """
 
   attention: int
   expert: int
+  elsewhere: bool | None = None
 
   @property
   def ranks(self) -> tuple[int, ...]:

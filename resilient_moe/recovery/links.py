@@ -11,6 +11,13 @@ from resilient_moe.recovery.failures import LinkLost
 from resilient_moe.recovery.view import ClusterView
 
 
+def needed(view: ClusterView, failure: LinkLost) -> bool:
+  """Whether something has to be done: the attention rank can't go on."""
+  if failure.elsewhere is not None:
+    return not failure.elsewhere
+  return len(cut_off(view, failure)) > 0
+
+
 def cut_off(view: ClusterView, failure: LinkLost) -> np.ndarray:
   """Experts that only the rank behind the link holds, [.] int64."""
   others = np.setdiff1d(expert_ranks(view), [failure.expert])

@@ -25,6 +25,7 @@ from resilient_moe.recovery import (
   lose,
   stand,
 )
+from resilient_moe.recovery.checks import request_ranks
 from resilient_moe.report import Recorder
 from resilient_moe.runtime.case import Case, make_policy
 from resilient_moe.runtime.device_store import DeviceStore
@@ -220,7 +221,7 @@ def make_checkpointer(
   options = plans.shape.options
   return KVCheckpointer(
     plans.standing.checkpoint, request_kv_shape(plans.config, options),
-    plans.config.dtype, options.rows * len(plans.view.mesh),
+    plans.config.dtype, options.rows * len(request_ranks(plans.view)),
     lambda text: recorder.write("warning", text=text),
   )  # fmt: skip
 

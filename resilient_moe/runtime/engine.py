@@ -183,7 +183,7 @@ def _run(
 
   def on_step(number: int, seconds: float) -> None:
     del seconds
-    steps["next"] = number + 1
+    steps["next"] = max(steps["next"], number + 1)  # ends out of order
 
   try:
     serve(

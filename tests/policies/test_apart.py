@@ -226,3 +226,21 @@ def test_in_a_union_whoever_is_for_another_deployment_is_left_out():
   assert some.deployments == rm.DEPLOYMENTS
   alone = cases.serving(rm.load("tarragon"), FREE)
   assert cases.serving(some, FREE).slots_per_rank == alone.slots_per_rank
+
+
+def test_a_link_whose_rank_knows_of_no_other_copy_costs_the_expert_rank():
+  """As where the links to both holders are cut: each has "another" copy."""
+  tolerated = rm.LinkLost(1, 4, elsewhere=True)
+  _, answer = recovered("tarragon", tolerated, FREE)
+  assert isinstance(answer, rm.Infeasible)
+  _, plan = recovered("tarragon", rm.LinkLost(1, 4, elsewhere=False), FREE)
+  assert [a.ranks for a in only(plan.resume, rm.Fence)] == [(4,)]
+
+
+def test_where_no_expert_rank_can_be_spared_the_attention_rank_goes():
+  policy = rm.load("mesh_shrink", losses=0)
+  view = cases.serving(policy, FULL)
+  answer = rm.recover_checked(policy, view, rm.RanksLost((3,)))
+  assert isinstance(answer, rm.Infeasible), "no slots for its experts"
+  plan = rm.recover_checked(policy, view, rm.LinkLost(1, 3, elsewhere=False))
+  assert [a.ranks for a in only(plan.resume, rm.Fence)] == [(1,)]

@@ -153,15 +153,14 @@ class SplitProcess(ProcessBackend):
     elif found.name == "silent":
       self._doubts.add(rank, facts["rank"])
     elif found.name == "link_bad":
-      self._suspect(rank, facts["rank"])
+      self._suspect(LinkLost(rank, facts["rank"], facts["elsewhere"]))
     elif found.name in ("given_up", "unconnected"):
       text = ", ".join(f"{key} {value}" for key, value in facts.items())
       self.record("warning", text=f"rank {rank}: {found.name}: {text}")
 
-  def _suspect(self, rank: int, expert: int) -> None:
+  def _suspect(self, failure: LinkLost) -> None:
     """An attention worker gets nothing from an expert worker that lives."""
-    failure = LinkLost(rank, expert)
-    if failure not in self.pending and self.crew.alive(expert):
+    if failure not in self.pending and self.crew.alive(failure.expert):
       self.pending.append(failure)
 
   def _in_peace(self) -> None:

@@ -240,7 +240,7 @@ class SplitEmulated(EmulatedBackend):
     if name == "healed":
       self.record("healed", by=by, rank=facts["rank"], **_cost(facts))
     elif name == "link_bad":
-      failure = LinkLost(by, facts["rank"])
+      failure = LinkLost(by, facts["rank"], facts["elsewhere"])
       if failure not in self.pending:
         self.pending.append(failure)
 
