@@ -84,18 +84,17 @@ def compose(
           f"no need: all experts of rank {failure.expert} have another copy "
           f"that rank {failure.attention} can reach"
         )
-      failure, other = (  # a rank that not all can reach is of no use
-        RanksLost((failure.expert,)), RanksLost((failure.attention,)),
-      )  # fmt: skip
-      plan = _recover(view, failure, ranks, experts, requests)
-      if isinstance(plan, Infeasible):
-        plan = _recover(view, other, ranks, experts, requests)
-    else:
-      plan = _recover(view, failure, ranks, experts, requests)
-    if isinstance(plan, Infeasible) or not rearm or ranks.restart:
+      # A rank that not all can reach is of no use. If it can't be spared, the
+      # one that doesn't reach it goes.
+      expert = RanksLost((failure.expert,))
+      plan = _recover(view, expert, ranks, experts, requests)
+      failure = RanksLost((failure.attention,))
+      if isinstance(plan, Plan):
+        return _rearmed(view, plan, rearm and not ranks.restart)
+    plan = _recover(view, failure, ranks, experts, requests)
+    if isinstance(plan, Infeasible):
       return plan
-    after = advance_all(view, plan.resume + plan.repair)
-    return Plan(plan.resume, plan.repair + next_meshes(after), plan.paused)
+    return _rearmed(view, plan, rearm and not ranks.restart)
 
   return RecoveryPolicy(
     name=name,
@@ -106,6 +105,14 @@ def compose(
     spares=ranks.spares,
     deployments=where,
   )
+
+
+def _rearmed(view: ClusterView, plan: Plan, rearm: bool) -> Plan:
+  """The plan, and behind it the meshes of the next single losses."""
+  if not rearm:
+    return plan
+  after = advance_all(view, plan.resume + plan.repair)
+  return Plan(plan.resume, plan.repair + next_meshes(after), plan.paused)
 
 
 def _standing(

@@ -12,6 +12,8 @@ class Compiles:
     self.count = 0
     jax.monitoring.register_event_duration_secs_listener(self._hear)
 
-  def _hear(self, event: str, duration_s: float, **unused: str | int) -> None:
-    del duration_s, unused
+  def _hear(
+    self, event: str, duration_secs: float, **kwargs: str | int
+  ) -> None:
+    del duration_secs, kwargs
     self.count += event == _EVENT
