@@ -252,10 +252,12 @@ class DataClient:
     (text,) = self.pull("records", timeout_s=timeout_s)
     return dict(json.loads(text.tobytes()))
 
-  def streams_ended(self, rank: int, timeout_s: float) -> bool:
-    """`DataServer.streams_ended` at the peer."""
+  def streams_ended(
+    self, rank: int, timeout_s: float, patience_s: float = HANDSHAKE_S
+  ) -> bool:
+    """`DataServer.streams_ended` at the peer, which may answer later still."""
     (ended,) = self.pull(
-      "streams_ended", rank, timeout_s, timeout_s=timeout_s + HANDSHAKE_S
+      "streams_ended", rank, timeout_s, timeout_s=timeout_s + patience_s
     )
     return bool(ended)
 

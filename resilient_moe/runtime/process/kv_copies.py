@@ -22,6 +22,7 @@ from resilient_moe.serving.backend import Placed
 from resilient_moe.serving.carry import Record
 from resilient_moe.serving.scheduler import StepBatch
 
+STORE_S = 3.0  # for a store to answer: everybody waits
 HOST = -1  # holder of what the store process mirrors
 
 
@@ -184,19 +185,24 @@ class KVCopies:
       return found
     assert self._stores is not None
     return [
-      (HOST, address, self._stored(address, ended))
-      for address in self._stores.addresses().values()
+      (HOST, address, self._stored(store, address, ended))
+      for store, address in self._stores.addresses().items()
     ]
 
-  def _stored(self, address: Address, ended: list[int]) -> dict[str, int]:
-    """What a store keeps."""
+  def _stored(
+    self, store: int, address: Address, ended: list[int]
+  ) -> dict[str, int]:
+    """What a store keeps; one that doesn't say so holds nobody up again."""
+    assert self._stores is not None
     try:
       client = self._client(address)
       for rank in ended:
-        client.streams_ended(rank, DRAIN_S)
-      return client.records()
+        client.streams_ended(rank, DRAIN_S, STORE_S)
+      return client.records(STORE_S)
     except ConnectionError as error:
-      self._warn(f"the KV store is gone, requests are prefilled: {error}")
+      self._warn(f"KV store {store} is given up, requests are prefilled: "
+                 f"{error}")  # fmt: skip
+      self._stores.kill(store)
       return {}
 
   def _client(self, address: Address) -> DataClient:

@@ -13,6 +13,16 @@ from resilient_moe.runtime import rank_arrays
 Tree = dict[str, Any]
 
 
+# Outputs that may still be computed, each with how many rows of it count.
+Begun = list[tuple[jax.Array, int]]
+
+
+def read(begun: Begun) -> np.ndarray:
+  """Waits for outputs, [m, D]."""
+  parts = [np.asarray(y)[:m] for y, m in begun]
+  return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
 class ExpertRank:
   """Slots of experts on one device; knows nothing of requests."""
 
@@ -42,7 +52,13 @@ class ExpertRank:
   def compute(
     self, layer: int, rows: np.ndarray, token: np.ndarray, expert: np.ndarray
   ) -> np.ndarray:
-    """Each assignment's expert output, [m, D], unsummed.
+    """Each assignment's expert output, [m, D], unsummed; see `begin`."""
+    return read(self.begin(layer, rows, token, expert))
+
+  def begin(
+    self, layer: int, rows: np.ndarray, token: np.ndarray, expert: np.ndarray
+  ) -> Begun:
+    """The same without waiting: other ranks' devices work side by side.
 
     Args:
       layer: the MoE layer.
@@ -58,16 +74,18 @@ class ExpertRank:
       gone = sorted(set(np.asarray(expert)[slot < 0].tolist()))
       raise LookupError(f"experts {gone} are not held here")
     most = self._sizes[-1]
-    parts = [
+    return [
       self._part(layer, rows, token[i : i + most], slot[i : i + most])
       for i in range(0, len(token), most)
     ]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
   def _part(
     self, layer: int, rows: np.ndarray, token: np.ndarray, slot: np.ndarray
-  ) -> np.ndarray:
-    """At most as many assignments as the largest program takes."""
+  ) -> tuple[jax.Array, int]:
+    """At most as many assignments as the largest program takes.
+
+    Returns the outputs, padded and perhaps still computed, and their number.
+    """
     m = len(token)
     if len(rows) > m:  # rows of other parts
       used, token = np.unique(token, return_inverse=True)
@@ -83,7 +101,7 @@ class ExpertRank:
     y = self._programs[f"experts{size}"](
       self._experts, np.int32(layer), padded, tokens, slots
     )
-    return np.asarray(y)[:m]
+    return y, m
 
   def write_slot(self, slot: int, expert: int, weights: Tree) -> None:
     """One expert's weights ([L, ...] leaves) into a slot."""

@@ -6,12 +6,12 @@ what ranks hold (or end the step by raising).
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from resilient_moe.datapath.gather import merge, split
 from resilient_moe.datapath.parcels import Gone, Parcel, Result
-from resilient_moe.runtime.split.experts import ExpertRank
+from resilient_moe.runtime.split.experts import Begun, ExpertRank, read
 from resilient_moe.serving.backend import StepAborted
 
 # (attention | exchange | experts, rank, layer)
@@ -84,21 +84,27 @@ class InlineLinks:
     groups: dict[tuple[int, int], list[_Queued]] = {}
     for q in queue:
       groups.setdefault((q.rank, q.parcel.layer), []).append(q)
-    for (rank, layer), batch in groups.items():
-      self._compute(rank, layer, batch)
+    begun = [self._begin(rank, layer, b) for (rank, layer), b in groups.items()]
+    for batch, y, splits in begun:
+      parts = split(read(y), splits) if batch else []
+      for q, part in zip(batch, parts, strict=True):
+        q.sender.put(q.rank, Result(q.rank, q.ticket, part))
 
-  def _compute(self, rank: int, layer: int, batch: "list[_Queued]") -> None:
+  def _begin(
+    self, rank: int, layer: int, batch: "list[_Queued]"
+  ) -> "tuple[list[_Queued], Begun, Sequence[int]]":
+    """Computes a layer's parcels of an expert rank, if it is there."""
     batch = [q for q in batch if q.sender.reaches("experts", rank, layer)]
     expert = self.experts.get(rank)
     if expert is None:
       gone = Gone(rank, self.incarnations.get(rank, 0))
       for q in batch:
         q.sender.put(rank, gone)
-    elif batch:
-      rows, token, names, splits = merge([q.parcel for q in batch])
-      parts = split(expert.compute(layer, rows, token, names), splits)
-      for q, y in zip(batch, parts, strict=True):
-        q.sender.put(rank, Result(rank, q.ticket, y))
+      return [], [], ()
+    if not batch:
+      return [], [], ()
+    rows, token, names, splits = merge([q.parcel for q in batch])
+    return batch, expert.begin(layer, rows, token, names), splits
 
 
 class _Queued(NamedTuple):

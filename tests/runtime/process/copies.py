@@ -134,4 +134,4 @@ def keep(
 ) -> None:
   """As if a store had been streamed this."""
   client = copies._client(stores.addresses()[i])
-  client.records = lambda: records  # type: ignore[method-assign]
+  client.records = lambda *_: records  # type: ignore[method-assign]

@@ -221,7 +221,7 @@ def engine(
   plans = assemble.plan_instance(case, assemble.Fresh())
   seed_store(lab, case, folder / "executables")
   history = Line()
-  with at_most(LIMIT_S, marked):
+  with at_most(2 * LIMIT_S, marked):  # it serves many tests
     backend = supervise.assemble(case, plans, assemble.Fresh(), folder, history)
     try:
       assert isinstance(backend, SplitProcess)

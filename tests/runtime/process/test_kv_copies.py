@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from resilient_moe.recovery.view import Tier
+from resilient_moe.runtime.process import kv_copies
 from resilient_moe.runtime.process.kv_copies import HOST
 from resilient_moe.runtime.process.stores import Stores
 from resilient_moe.serving.backend import Placed
@@ -250,7 +251,28 @@ def test_a_store_that_dies_unnoticed_is_warned_of(store: Stores) -> None:
   store.addresses = lambda: {0: address}  # type: ignore[method-assign]
   assert copies.records() == {}
   (text,) = copies.warnings
-  assert text.startswith("the KV store is gone, requests are prefilled")
+  assert text.startswith("KV store 0 is given up, requests are prefilled")
+
+
+def test_a_store_that_is_stuck_is_given_up(
+  stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Once: what it kept is gone, and who streamed to it goes to another."""
+  monkeypatch.setattr(kv_copies, "STORE_S", 0.2)
+  crew = Crew(*MESH)
+  copies = Copies("host", crew, stores)
+  copies.ring(MESH)
+  targets(crew)
+  at = stores.addresses()
+  pid = stores.pids[0]
+  os.kill(pid, signal.SIGSTOP)
+  assert copies.records() == {}
+  assert copies.records() == {}
+  copies.look()
+  given_up, gone = copies.warnings
+  assert given_up.startswith("KV store 0 is given up")
+  assert gone.startswith("KV store 0 is gone: requests of ranks [0, 2] stream")
+  assert targets(crew) == {0: at[1], 2: at[1]}
 
 
 def test_ranks_are_spread_over_the_stores_and_the_longest_copy_serves(

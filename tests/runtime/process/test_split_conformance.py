@@ -141,6 +141,7 @@ def expert_worker_is_replaced(plan: Apart) -> None:
   plan.do(rm.Fence((4,)))
   plan.cover()
   plan.driver.step(2)
+  plan.settle()
   plan.bring_back(4)
   assert (plan.view.slots[4] < 0).all()
   plan.copy(rm.Tier.PEER, 0, 4)
