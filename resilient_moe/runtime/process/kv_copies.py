@@ -202,6 +202,7 @@ class KVCopies:
     except ConnectionError as error:
       self._warn(f"KV store {store} is given up, requests are prefilled: "
                  f"{error}")  # fmt: skip
+      self._clients.pop(address).close()
       self._stores.kill(store)
       return {}
 

@@ -273,6 +273,7 @@ def test_a_store_that_is_stuck_is_given_up(
   assert given_up.startswith("KV store 0 is given up")
   assert gone.startswith("KV store 0 is gone: requests of ranks [0, 2] stream")
   assert targets(crew) == {0: at[1], 2: at[1]}
+  copies.close(())
 
 
 def test_ranks_are_spread_over_the_stores_and_the_longest_copy_serves(
