@@ -253,7 +253,7 @@ def ghost_gets_in(ghost: Peers, expert: int, desk: Address) -> bool:
   try:
     ghost.connect(expert, desk, 0)
   except ConnectionError as error:
-    assert "is fenced up to" in str(error)
+    assert "is fenced up to" in str(error)  # noqa: PT017
     return False
   ghost.disconnect(expert)
   return True
