@@ -16,7 +16,7 @@ from resilient_moe.recovery import DEPLOYMENTS, RecoveryPolicy, axes
 
 def make(
   replicas: int | str = 0,
-  losses: int = 1,
+  losses: int = 2,
   ready: str = "singles",
   replace: bool = True,
   drain_stragglers: bool = False,
