@@ -5,6 +5,7 @@ as it was the first time (the papers' sequential replay); or all its known
 tokens as one prompt, as this runtime does where there is no checkpoint.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -38,8 +39,8 @@ def run(settings: models.Settings, workdir: pathlib.Path) -> Result:
       processes=True, policy=POLICY,
     )  # fmt: skip
     split.say(f"{name}: up")
-    try:
-      bench = Restore(engine)
+    closing = contextlib.closing
+    with closing(engine), closing(Restore(engine)) as bench:
       found: dict[int, dict[str, list[float]]] = {n: {} for n in lengths}
       for repeat in range(-1, settings.split.restore_repeats):
         for n in lengths if repeat >= 0 else lengths[:1]:
@@ -48,8 +49,6 @@ def run(settings: models.Settings, workdir: pathlib.Path) -> Result:
               found[n].setdefault(key, []).append(seconds)
         split.say(f"{repeat + 1} of {settings.split.restore_repeats}")
       row_bytes = bench.token_bytes
-    finally:
-      engine.close()
     rows += [row(name, n, found[n], n * row_bytes) for n in lengths]
     for n in lengths:
       samples |= {f"{name}/{n}/{key}": v for key, v in found[n].items()}
@@ -74,6 +73,10 @@ class Restore:
     self._old: tuple[str, ...] = ()
     view = engine.backend.view()
     self.token_bytes = view.token_kv_bytes
+
+  def close(self) -> None:
+    """Ends the link to the store; the engine is its owner's."""
+    self._client.close()
 
   def measure(self, tokens: int) -> dict[str, float]:
     """Seconds of each way to the KV of so many tokens."""

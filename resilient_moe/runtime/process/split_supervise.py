@@ -44,6 +44,8 @@ class SplitStart(Start):
     backend = SplitProcess(*self._parts())
     backend.begin_serving()
     backend.canary_token = canary(backend)
+    if self._compiler is not None:  # every program is there: it is ending
+      self._compiler.wait()
     stage.done("first_step")
     return backend
 
