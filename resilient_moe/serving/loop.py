@@ -146,8 +146,9 @@ def _begin(loop: Loop, chunk: int) -> None:
   if not recovery.resuming:
     _admit(loop)
   held = recovery.held()
+  receiving = recovery.receiving(loop.in_step())
   for domain in backend.domains():
-    if domain in loop.running:
+    if domain in loop.running or receiving & set(domain):
       continue
     batch = schedule(
       loop.state, number=loop.number, epoch=view.epoch, chunk=chunk,

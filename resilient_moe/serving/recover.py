@@ -9,7 +9,7 @@ import dataclasses
 import time
 from collections.abc import Collection, Iterable
 
-from resilient_moe.recovery.actions import Action, CopyExperts
+from resilient_moe.recovery.actions import Action, CopyExperts, RestoreKV
 from resilient_moe.recovery.explain import explain
 from resilient_moe.recovery.failures import Failure, RanksLost
 from resilient_moe.recovery.plan import Plan, ordered
@@ -68,9 +68,25 @@ class Recovery:
 
   def _moving(self) -> frozenset[str]:
     """Requests of the next action: none of them may be in a step."""
+    return frozenset(getattr(self._next(), "requests", ()))
+
+  def _next(self) -> Action | None:
+    """The action that is being carried out, or will be next."""
     parts = self.resume if self.resuming else self.repair
-    action = self.at_hand or (parts[0] if parts else None)
-    return frozenset(getattr(action, "requests", ()))
+    return self.at_hand or (parts[0] if parts else None)
+
+  def receiving(self, in_step: Collection[str]) -> frozenset[int]:
+    """Ranks that KV is written to now, or as soon as the loop turns.
+
+    A step begun there would wait behind it, and go without the requests that
+    come with it. `in_step`: requests of steps under way.
+    """
+    action = self._next()
+    if not isinstance(action, RestoreKV):
+      return frozenset()
+    if self.at_hand is None and set(action.requests) & set(in_step):
+      return frozenset()  # they are handed over once their step has ended
+    return frozenset(action.to)
 
   def view(self) -> ClusterView:
     """The world as a policy sees it."""

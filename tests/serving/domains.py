@@ -113,8 +113,12 @@ class Domains(fake.FakeBackend):
     moved = {p.request_id for p in placed}
     for batch in self.running.values():
       assert not parts(batch) & moved, "moved in the middle of a step"
+    before = len(self.begun)
     if self._rng.random() < 0.5:
       self.meanwhile()
+    if isinstance(action, rm.RestoreKV):
+      begun = {r for b in self.begun[before:] for r in b.mesh}
+      assert not begun & set(action.to), "a step queues behind KV that comes"
     outcome = super().execute(action, placed)
     if isinstance(action, rm.LaunchRank):
       self.dead.discard(action.rank)
