@@ -3,8 +3,8 @@
 `Costs` says how long things take and how many bytes they move; it owns no
 clock and no state, so that one object serves all seeds and processes. All
 times are seconds of virtual time. `sim/cost.py: Roofline` implements it from
-hardware specs and a model's shape; calibration may put fitted numbers behind
-the same four questions.
+a device and a model's shape; calibration puts fitted numbers behind the same
+questions by replacing a device's figures (`hardware.replace`).
 """
 
 import dataclasses
@@ -26,6 +26,8 @@ class StepLoad:
   context: np.ndarray  # [D] positions that those rows attend to, summed
   chunk: np.ndarray  # [D] prompt tokens of the rank's chunk
   chunk_context: np.ndarray  # [D] positions attended to, summed over its tokens
+  others: float = 0.0  # tokens that other domains send to the same experts
+  # while this one steps (where attention and experts are apart)
 
   @property
   def tokens(self) -> float:
@@ -69,9 +71,11 @@ class DecodeLine:
 class Costs(Protocol):
   """Seconds and bytes of steps and actions on some hardware."""
 
-  @property
-  def hardware(self) -> Hardware:
-    """The same numbers as policies price plans with (`price_plan`)."""
+  def hardware(self, view: ClusterView) -> Hardware:
+    """What `recovery.price_plan` prices plans with, from the same numbers.
+
+    Depends on the view: its step and prefill rate, one node or several.
+    """
 
   def step_s(self, view: ClusterView, load: StepLoad) -> float:
     """One step of a domain: decode rows and prompt chunks together."""
