@@ -22,10 +22,11 @@ from resilient_moe.recovery import (
   Straggler,
 )
 from resilient_moe.recovery.actions import Move
+from resilient_moe.recovery.reserve import Memory
 from resilient_moe.recovery.view import ClusterView, Tier
 from resilient_moe.runtime.device_store import DeviceStore
 from resilient_moe.runtime.execute import Mesh
-from resilient_moe.runtime.instance import Instance, Memory, packed
+from resilient_moe.runtime.instance import Instance, packed
 from resilient_moe.runtime.kv_checkpoint import KVCheckpointer
 from resilient_moe.runtime.logical_store import LogicalStore
 from resilient_moe.runtime.readiness import Readiness

@@ -6,7 +6,6 @@ as it then is (DESIGN 4: a plan is never resumed, only replaced).
 
 import collections
 import dataclasses
-import time
 from collections.abc import Collection, Iterable
 
 from resilient_moe.recovery.actions import Action, CopyExperts
@@ -22,6 +21,7 @@ from resilient_moe.recovery.semantics import lose
 from resilient_moe.recovery.view import ClusterView
 from resilient_moe.serving.backend import Backend
 from resilient_moe.serving.carry import Record, carry_out
+from resilient_moe.serving.clock import REAL_CLOCK, Clock
 from resilient_moe.serving.state import Current, request_table
 
 
@@ -41,6 +41,7 @@ class Recovery:
   backend: Backend
   record: Record
   current: Current
+  clock: Clock = REAL_CLOCK
   pending: collections.deque[Failure] = dataclasses.field(
     default_factory=collections.deque
   )
@@ -150,7 +151,7 @@ class Recovery:
     )  # fmt: skip
 
   def _ask(self, failure: Failure) -> Plan | None:
-    start = time.monotonic()
+    start = self.clock.now()
     view = self.view()
     plan = recover_checked(self.policy, view, failure)
     name = self.policy.name
@@ -166,12 +167,12 @@ class Recovery:
       "plan", policy=name, epoch=view.epoch, paused=list(plan.paused),
       resume=[explain(a) for a in ordered(plan.resume)],
       repair=[explain(a) for a in ordered(plan.repair)],
-      seconds=time.monotonic() - start,
+      seconds=self.clock.now() - start,
     )  # fmt: skip
     return plan
 
   def _carry_out(self, part: str, action: Action) -> None:
-    start = time.monotonic()
+    start = self.clock.now()
     self.at_hand = action
     try:
       outcome = carry_out(action, self.current, self.backend, self.record)
@@ -179,7 +180,7 @@ class Recovery:
       self.at_hand = None
     self.record(
       "action", part=part, name=type(action).__name__,
-      explain=explain(action), seconds=time.monotonic() - start,
+      explain=explain(action), seconds=self.clock.now() - start,
       bytes=outcome.nbytes, tier=outcome.tier, outcome=outcome.detail,
     )  # fmt: skip
 
