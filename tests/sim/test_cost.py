@@ -85,6 +85,16 @@ def test_skew_loads_the_busiest_rank():
     model(load=np.ones(3))
 
 
+def test_masked_experts_get_no_tokens():
+  v, m = view(), model()
+  masked = np.zeros(8, bool)
+  masked[:4] = True
+  hidden = dataclasses.replace(v, masked=masked)
+  assert m.rate(hidden) == pytest.approx([0] * 4 + [0.5] * 4)
+  load = decode([1] * 4)
+  assert m.parts(hidden, load).experts_s > m.parts(v, load).experts_s
+
+
 def test_a_token_picks_no_expert_twice():
   rate = cost_experts.pick_rate(np.array([100.0, 1, 1, 1]), 2)
   assert rate == pytest.approx([1, 1 / 3, 1 / 3, 1 / 3])

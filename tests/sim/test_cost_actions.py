@@ -120,12 +120,19 @@ def test_restored_kv_is_bound_by_the_store_when_many_restore():
 def test_the_suffix_is_prefilled_on_top():
   m = model()
   v = view("kv_restore", ranks=4, requests=4)
-  names = v.requests.request_id[:1]
-  restored = m.price(RestoreKV(names, (1,), Tier.PEER), v)
-  again = m.price(RecomputePrefix(names, (1,)), v)
-  suffix = m.prefill_s(v, np.array([1]), np.array([3]))
-  assert restored.seconds > suffix > 0
-  assert again.seconds > suffix
+  names = v.requests.request_id[:1]  # it sits on rank 0
+  lost = lose(v, (0,))
+  restored = stages(m, RestoreKV(names, (2,), Tier.PEER), lost)
+  table = v.requests
+  behind = table.prompt_tokens[0] + table.emitted_tokens[0]
+  behind -= table.checkpoint_tokens[0]
+  assert behind == 3
+  suffix = m.prefill_s(lost, np.array([2]), np.array([behind]))
+  assert {s.name: s.seconds for s in restored}["prefill"] == suffix
+  handed = stages(m, RestoreKV(names, (2,), Tier.PEER), v)
+  assert "prefill" not in {s.name for s in handed}  # live KV has no suffix
+  again = m.price(RecomputePrefix(names, (2,)), lost)
+  assert again.seconds > suffix > 0
 
 
 def test_prefill_takes_as_many_steps_as_chunks():
