@@ -30,11 +30,11 @@ from resilient_moe.runtime.instance import Instance, packed
 from resilient_moe.runtime.kv_checkpoint import KVCheckpointer
 from resilient_moe.runtime.logical_store import LogicalStore
 from resilient_moe.runtime.readiness import Readiness
-from resilient_moe.runtime.seats import Seats
 from resilient_moe.runtime.weights import WeightTiers, tree_bytes
 from resilient_moe.serving.backend import Placed, StepAborted
 from resilient_moe.serving.carry import Record
 from resilient_moe.serving.scheduler import StepBatch
+from resilient_moe.serving.seats import Seats
 
 
 class EmulatedBackend(Instance):
