@@ -8,9 +8,10 @@ import collections
 import dataclasses
 from collections.abc import Collection, Iterable
 
+from resilient_moe.recovery import links
 from resilient_moe.recovery.actions import Action, CopyExperts
 from resilient_moe.recovery.explain import explain
-from resilient_moe.recovery.failures import Failure, RanksLost
+from resilient_moe.recovery.failures import Failure, LinkLost, RanksLost
 from resilient_moe.recovery.plan import Plan, ordered
 from resilient_moe.recovery.policy import (
   Infeasible,
@@ -23,6 +24,8 @@ from resilient_moe.serving.backend import Backend
 from resilient_moe.serving.carry import Record, carry_out
 from resilient_moe.serving.clock import REAL_CLOCK, Clock
 from resilient_moe.serving.state import Current, request_table
+
+LINK_TRIES = 10  # reports of a link that nobody can do without, or replace
 
 
 class Unrecoverable(Exception):
@@ -57,6 +60,9 @@ class Recovery:
   repairing: bool = False
   waiting: bool = False  # for what the next action of the repair needs
   at_hand: Action | None = None  # that is being carried out
+  in_vain: collections.Counter[Failure] = dataclasses.field(
+    default_factory=collections.Counter
+  )  # what stops requests, and no plan was found for, and how often
 
   @property
   def resuming(self) -> bool:
@@ -157,11 +163,7 @@ class Recovery:
     name = self.policy.name
     if isinstance(plan, Infeasible):
       self.record("infeasible", policy=name, reason=plan.reason)
-      if isinstance(failure, RanksLost):
-        raise Unrecoverable(
-          f"policy {name!r} can't recover from the loss of rank(s) "
-          f"{list(failure.ranks)}: {plan.reason}"
-        )
+      self._check_hope(view, failure, plan.reason)
       return None
     self.record(
       "plan", policy=name, epoch=view.epoch, paused=list(plan.paused),
@@ -170,6 +172,26 @@ class Recovery:
       seconds=self.clock.now() - start,
     )  # fmt: skip
     return plan
+
+  def _check_hope(
+    self, view: ClusterView, failure: Failure, reason: str
+  ) -> None:
+    """Raises Unrecoverable where service can't go on without a plan.
+
+    A link may work again by itself, so it is given some time.
+    """
+    if isinstance(failure, RanksLost):
+      what = f"the loss of rank(s) {list(failure.ranks)}"
+    elif isinstance(failure, LinkLost) and links.needed(view, failure):
+      self.in_vain[failure] += 1
+      if self.in_vain[failure] < LINK_TRIES:
+        return
+      what = f"the loss of the link {failure.ranks}, told {LINK_TRIES} times"
+    else:
+      return
+    raise Unrecoverable(
+      f"policy {self.policy.name!r} can't recover from {what}: {reason}"
+    )
 
   def _carry_out(self, part: str, action: Action) -> None:
     start = self.clock.now()
