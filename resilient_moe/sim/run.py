@@ -22,7 +22,7 @@ from resilient_moe.sim.backend import SimulatedBackend
 from resilient_moe.sim.case import SimulatedCase
 from resilient_moe.sim.clock import VirtualClock
 from resilient_moe.sim.split import SplitSimulated
-from resilient_moe.sim.timing import Timing
+from resilient_moe.sim.timing import PART, Timing
 
 Watch = Callable[[dict[str, Any]], None]
 
@@ -155,7 +155,8 @@ class Run:
     view = opening(bare, standing, restarted)
     cache = restarted.cache if restarted else False
     for stage, seconds in timing.start(view, generation, cache):
-      clock.spend(seconds)
+      if not stage.startswith(PART):  # else it is in another one
+        clock.spend(seconds)
       self.write(
         "engine", stage=stage, seconds=seconds, generation=generation
       )

@@ -8,6 +8,8 @@ from resilient_moe.recovery.view import ClusterView
 from resilient_moe.serving.backend import Placed
 from resilient_moe.serving.scheduler import StepBatch
 
+PART = "worker "  # a stage that is part of another one begins like this
+
 
 class Spent(NamedTuple):
   """What an action takes: seconds, and bytes over each kind of link."""
@@ -83,4 +85,7 @@ class Timing(Protocol):
   def start(
     self, view: ClusterView, generation: int, cache: bool
   ) -> tuple[tuple[str, float], ...]:
-    """The stages of an engine's start: name, seconds."""
+    """The stages of an engine's start: name, seconds.
+
+    One that begins with `PART` is part of another, and takes no more time.
+    """
