@@ -147,8 +147,6 @@ class Carrier:
       world.view = whole_again(world, action)
     if isinstance(action, act.Rejoin):
       self._started.pop(action.rank, None)
-    if fleet_actions.changes_service(before, world.view):
-      world.look_again()
     if doing.pauses:
       world.stall(doing.end_s - doing.start_s, world.running())
     if doing.part == "resume" and (

@@ -19,7 +19,7 @@ from resilient_moe.recovery.view import ClusterView
 from resilient_moe.sim.arrivals import Load
 from resilient_moe.sim.cost_model import Costs, StepLoad
 
-_POINTS = 9  # of the line over n; it is smooth
+_POINTS = 6  # of the line over n; it is smooth
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,6 +51,7 @@ class Template:
   view: ClusterView  # with the policy's redundancy, without requests
   standing: Standing
   service: Service
+  stream_s: float = 0.0  # that a row's checkpointing adds to a step
   healthy: Healthy | None = None
 
 
@@ -78,28 +79,22 @@ class Setting:
     )
     return min(fit, view.rows_per_rank)
 
-  def service(self, view: ClusterView, standing: Standing) -> Service:
+  def service(self, view: ClusterView, prepared: Template) -> Service:
     """What `view` serves."""
-    rows = self.rows(view, view.slots_per_rank, standing)
-    return _service(self.costs, view, self.load, rows, self.shape, standing)
+    rows = self.rows(view, view.slots_per_rank, prepared.standing)
+    return service(
+      self.costs, view, self.load, rows, self.shape.chunk, prepared.stream_s
+    )
 
 
-def _service(
-  costs: Costs,
-  view: ClusterView,
-  load: Load,
-  rows: int,
-  shape: Shape,
-  standing: Standing,
-) -> Service:
-  """With the time that streaming KV takes, none of it hidden."""
-  stream_s = 0.0
-  if standing.checkpoint != "none" and rows:
-    hardware = costs.hardware(view)
-    peer = standing.checkpoint == "peer"
-    rate = hardware.peer_bytes_per_s if peer else hardware.host_bytes_per_s
-    stream_s = view.token_kv_bytes / rate
-  return service(costs, view, load, rows, shape.chunk, stream_s)
+def _stream_s(costs: Costs, view: ClusterView, standing: Standing) -> float:
+  """Seconds that a row's checkpointing adds to a step: none of it hidden."""
+  if standing.checkpoint == "none":
+    return 0.0
+  hardware = costs.hardware(view)
+  peer = standing.checkpoint == "peer"
+  rate = hardware.peer_bytes_per_s if peer else hardware.host_bytes_per_s
+  return view.token_kv_bytes / rate
 
 
 def template(
@@ -138,10 +133,11 @@ def template(
     )
   standing = policy.prepare(dataclasses.replace(bare, rows_per_rank=asked))
   view = stand(bare, standing)
-  served = _service(
-    costs, view, load, view.rows_per_rank, shape, standing
+  stream_s = _stream_s(costs, view, standing)
+  served = service(
+    costs, view, load, view.rows_per_rank, shape.chunk, stream_s
   )
-  return Template(view, standing, served)
+  return Template(view, standing, served, stream_s)
 
 
 def with_healthy(

@@ -10,10 +10,12 @@ import numpy as np
 
 from resilient_moe.recovery.effects import lose
 from resilient_moe.recovery.view import ClusterView, Role, Status
+from resilient_moe.sim import fleet_actions
 from resilient_moe.sim.arrivals import MINUTE_S
 from resilient_moe.sim.fleet_faults import Slow
 from resilient_moe.sim.fleet_queue import Queue
 from resilient_moe.sim.fleet_requests import Seated, in_decode
+from resilient_moe.sim.fleet_service import Service
 from resilient_moe.sim.fleet_setting import Setting, Template
 from resilient_moe.sim.fleet_tally import Tally
 
@@ -30,8 +32,10 @@ class World:
     self.setting, self.prepared, self.number = setting, prepared, number
     self.t_s = 0.0
     self.view = prepared.view
-    self.service = prepared.service
     self.healthy = prepared.service.capacity
+    self._service, self._seen = prepared.service, prepared.view
+    self._mean_rate = float(np.mean(setting.demand.rate_per_s))
+    self._none = False
     self.queue = Queue(setting.demand, self.healthy, prepared.healthy)
     self.tally = Tally()
     self.record: dict[str, Any] = {}  # of the recovery that is under way
@@ -45,19 +49,26 @@ class World:
   def advance(self, t_s: float) -> None:
     """Nothing but load until `t_s`."""
     if t_s > self.t_s:
+      self._serve()
       capacity = self.queue.capacity
       self.tally.pass_s(t_s - self.t_s, capacity, self.healthy)
       self.queue.advance(t_s)
       self.t_s = t_s
 
   def serve(self, none: bool) -> None:
-    """Sets the capacity that follows from the state; `none`: nobody serves."""
-    service = self.service.slowed(self._slowdown())
-    capacity = 0.0 if none else service.capacity * self.share
+    """From now on the state serves; `none`: nobody does."""
+    self._none = none
+
+  def _serve(self) -> None:
+    """Sets the capacity that follows from the state."""
+    if self._none or self.share <= 0:
+      self.queue.set(0.0)
+      return
+    service = self._service_now().slowed(self._slowdown())
+    capacity = service.capacity * self.share
     if abs(capacity - self.healthy) < _SAME * self.healthy:
       capacity = self.healthy
-    rows = service.running(float(np.mean(self.queue.demand.rate_per_s)))
-    gap_s = service.step_at(rows) if capacity else 0.0
+    gap_s = service.step_at(service.running(self._mean_rate))
     self.queue.set(capacity, gap_s <= self.setting.shape.tbt_slo_s)
 
   def _slowdown(self) -> float:
@@ -67,10 +78,13 @@ class World:
       (s.slowdown for r, s in self.slow.items() if serves[r]), default=1.0
     )
 
-  def look_again(self) -> None:
-    """The view serves otherwise than before."""
-    standing = self.prepared.standing
-    self.service = self.setting.service(self.view, standing)
+  def _service_now(self) -> Service:
+    """What the view serves; asked for only when it does for a while."""
+    view, seen = self.view, self._seen
+    if not fleet_actions.serves_alike(seen, view):
+      self._service = self.setting.service(view, self.prepared)
+      self._seen = view
+    return self._service
 
   def missing(self) -> list[int]:
     """Ranks whose places are empty now."""
@@ -81,13 +95,13 @@ class World:
   def rows(self) -> float:
     """Rows of a rank that decode now."""
     if not self.queue.calm:
-      return self.service.running(np.inf)
+      return self._service_now().running(np.inf)
     minute = int(self.t_s // MINUTE_S)
-    return self.service.running(self.queue.demand.at(minute))
+    return self._service_now().running(self.queue.demand.at(minute))
 
   def running(self) -> float:
     """Requests that decode now."""
-    return self.rows() * self.service.ranks
+    return self.rows() * self._service_now().ranks
 
   def seat(self) -> ClusterView:
     """The view with the requests of this moment, which it keeps."""
@@ -120,7 +134,7 @@ class World:
     if requests <= 0:
       return
     self.tally.stalls.append((seconds, requests))
-    step_s = self.service.step_at(self.rows())
+    step_s = self._service_now().step_at(self.rows())
     spare_s = self.setting.shape.tbt_slo_s - step_s
     # A request is too slow if its tokens are too few to make up for it.
     limit = seconds / spare_s if spare_s > 0 else np.inf
