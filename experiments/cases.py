@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import resilient_moe
 from experiments.settings import BY_SCENARIO, NO_FAULTS, Settings
+from experiments.simulated import SimOptions
 from resilient_moe.faults import (
   PROCESS_KINDS,
   Fault,
@@ -102,6 +103,7 @@ def jobs(settings: Settings) -> list[Job]:
           wait_ready=settings.wait_ready,
           detector=settings.detector,
           cluster=settings.cluster,
+          sim=settings.sim,
         )
         found.append(Job(case, _record(case, f"{model_crc:08x}")))
   return _chosen(settings, found) if settings.only else found
@@ -114,7 +116,7 @@ def _record(case: Case, model_crc: str) -> dict[str, Any]:
   """
   record = dataclasses.asdict(case)
   # Younger than the runs that lie in many a work directory.
-  for young, default in (("attention", 0), ("exchange", {})):
+  for young, default in (("attention", 0), ("exchange", {}), ("sim", {})):
     if record[young] == default:
       del record[young]
   for fault in record["faults"]:
@@ -216,9 +218,10 @@ def _check_workloads(settings: Settings) -> None:
 
 
 def _check_processes(settings: Settings) -> None:
-  """What the process runtime is told about its workers."""
+  """What the runtimes are told: about workers, links, and time."""
   for key, kind in (
     ("detector", Limits), ("cluster", Cluster), ("exchange", ExchangeOptions),
+    ("sim", SimOptions),
   ):  # fmt: skip
     given = getattr(settings, key)
     known = [field.name for field in dataclasses.fields(kind)]
@@ -228,7 +231,9 @@ def _check_processes(settings: Settings) -> None:
           f"config.{key}.{name}: unknown key; choices: {', '.join(known)}"
         )
     try:
-      kind(**given)
+      made = kind(**given)
+      if isinstance(made, SimOptions) and settings.runtime == "simulated":
+        made.timing()
     except (TypeError, ValueError) as error:
       raise ValueError(f"config.{key}: {error}") from error
 

@@ -84,6 +84,8 @@ def _device_kind(runtime: str, ranks: int) -> str:
     return f"{ranks} virtual devices in one process, emulated on {where}"
   if runtime == "process":
     return f"{ranks} operating-system processes of this machine ({where})"
+  if runtime == "simulated":
+    return f"none: {ranks} simulated ranks in virtual time"
   return f"{ranks} {runtime} ranks on one device ({where})"
 
 

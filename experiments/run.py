@@ -26,6 +26,7 @@ from ml_collections import config_flags
 from experiments import cases, settings, showcase, sweep
 from experiments.progress import Progress
 from experiments.provenance import provenance
+from experiments.simulated import run_simulated
 from resilient_moe import report
 from resilient_moe.runtime.gateway import run_case
 
@@ -187,7 +188,8 @@ def _run_all(
     )
     if job in todo:
       progress = Progress(title)
-      progress.close(sweep.run(job, workdir, run_case, progress))
+      runner = run_simulated if case.runtime == "simulated" else run_case
+      progress.close(sweep.run(job, workdir, runner, progress))
     else:
       print(f"{title}: done before; {sweep.describe(workdir, job)}")
 

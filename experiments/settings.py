@@ -51,6 +51,8 @@ class Settings:
       misses, stuck_s, ...), for the process runtime.
     cluster: fields of `runtime.process.cluster.Cluster` (listen, spawn,
       platform), for the process runtime.
+    sim: fields of `experiments.simulated.SimOptions` (calibration, detect_s,
+      ...), for the simulated runtime.
     slo: objectives that goodput is counted against.
     shared_twin: the fault-free twin is run once a seed, as the scenario
       `none`, and not once a scenario and seed.
@@ -82,6 +84,7 @@ class Settings:
   wait_ready: bool = True
   detector: dict[str, Any] = dataclasses.field(default_factory=dict)
   cluster: dict[str, Any] = dataclasses.field(default_factory=dict)
+  sim: dict[str, Any] = dataclasses.field(default_factory=dict)
   slo: dict[str, float] = dataclasses.field(default_factory=dict)
   shared_twin: bool = False
   leave_out: tuple[str, ...] = ()
@@ -274,6 +277,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
   "scenarios": _names,
   "seeds": _seeds,
   "shared_twin": _truth,
+  "sim": _table,
   "slo": _slo,
   "wait_ready": _truth,
   "workload": _table,

@@ -136,3 +136,9 @@ def expert_bytes(config: ModelConfig) -> int:
   """Weights of one expert over all layers, in bytes."""
   leaves = jax.tree.leaves(describe(config), is_leaf=is_spec)
   return sum(s.nbytes for s in leaves if s.is_expert) // config.n_experts
+
+
+def dense_bytes(config: ModelConfig) -> int:
+  """Weights that every rank has, in bytes: all but the experts'."""
+  leaves = jax.tree.leaves(describe(config), is_leaf=is_spec)
+  return sum(s.nbytes for s in leaves if not s.is_expert)

@@ -28,8 +28,8 @@ class Hardware:
   local_bytes_per_s: float  # within a device's memory
   peer_bytes_per_s: float  # device to device, each rank
   host_bytes_per_s: float  # host memory to device, each rank
-  store_bytes_per_s: float  # remote host or store, shared by all ranks
-  disk_bytes_per_s: float  # shared by all ranks
+  store_bytes_per_s: float  # remote host or store; who shares it: see below
+  disk_bytes_per_s: float
   copy_latency_s: float  # to start one copy action
   fence_s: float
   mesh_s: float  # survivors agree on a mesh
@@ -42,6 +42,8 @@ class Hardware:
   process_start_s: float
   prefill_tokens_per_s: float  # each rank
   step_s: float  # one decode step
+  shared_by_host: bool = False  # store and disk: each host has its own way to
+  # them, else all ranks share one
 
 
 # "This machine": two CPU cores, 8 virtual devices, the shipped model. Orders
@@ -102,13 +104,19 @@ def _busiest(ranks: np.ndarray, weight: Amount) -> float:
 
 
 def _transfer(
-  ranks: np.ndarray, sizes: Amount, tier: Tier, hardware: Hardware
+  view: ClusterView,
+  ranks: np.ndarray,
+  sizes: Amount,
+  tier: Tier,
+  hardware: Hardware,
 ) -> Cost:
-  """Bytes `sizes` [.] to `ranks` [.]; store and disk serve all in turn."""
+  """Bytes `sizes` [.] to `ranks` [.]; store and disk serve sharers in turn."""
   sizes = np.broadcast_to(np.asarray(sizes, float), np.shape(ranks))
   total = float(sizes.sum())
-  shared = tier in (Tier.STORE, Tier.DISK)
-  bottleneck = total if shared else _busiest(ranks, sizes)
+  ends = ranks
+  if tier in (Tier.STORE, Tier.DISK):
+    ends = view.host[ranks] if hardware.shared_by_host else 0 * ranks
+  bottleneck = _busiest(ends, sizes)
   seconds = hardware.copy_latency_s + bottleneck / _rate(tier, hardware)
   return Cost(seconds, int(total))
 
@@ -124,11 +132,11 @@ def _copy(action: act.CopyExperts, view: ClusterView, hw: Hardware) -> Cost:
   if not len(to):
     return Cost()
   size = view.expert_bytes
-  cost = _transfer(to, size, action.tier, hw)
+  cost = _transfer(view, to, size, action.tier, hw)
   source = np.array([m.source for m in action.moves], np.int64)
   if action.tier != Tier.PEER:
     return cost
-  read = _transfer(source, size, Tier.PEER, hw)
+  read = _transfer(view, source, size, Tier.PEER, hw)
   return Cost(max(cost.seconds, read.seconds), cost.bytes)
 
 
@@ -147,7 +155,8 @@ def _restore(action: act.RestoreKV, view: ClusterView, hw: Hardware) -> Cost:
   live &= action.tier == Tier.PEER
   kv = np.where(live, table.kv_tokens[index], table.checkpoint_tokens[index])
   to = np.asarray(action.to, np.int64)
-  cost = _transfer(to, kv * float(view.token_kv_bytes), action.tier, hw)
+  size = kv * float(view.token_kv_bytes)
+  cost = _transfer(view, to, size, action.tier, hw)
   length = table.prompt_tokens[index] + table.emitted_tokens[index]
   suffix = np.where(live, 0, np.maximum(length - kv, 0))
   return cost + Cost(_prefill_s(to, suffix, hw))
@@ -191,7 +200,7 @@ def _restart(
   room = len(holders) * max(need, view.slots_per_rank)
   filled = np.arange(min(copies * view.n_experts, room))
   rank = holders[filled % len(holders)]
-  weights = _transfer(rank, view.expert_bytes, Tier.DISK, hw)
+  weights = _transfer(view, rank, view.expert_bytes, Tier.DISK, hw)
   table = view.requests
   tokens = table.prompt_tokens + table.emitted_tokens
   dealt = serving[np.arange(len(tokens)) % max(len(serving), 1)]

@@ -18,14 +18,11 @@ from resilient_moe.model.step import cache_shape, request_kv_shape
 from resilient_moe.recovery import (
   ClusterView,
   RecoveryPolicy,
-  RestartInstance,
   Standing,
-  advance,
   bare_view,
-  lose,
-  stand,
 )
 from resilient_moe.recovery.checks import request_ranks
+from resilient_moe.recovery.opening import Restarted, opening
 from resilient_moe.report import Recorder
 from resilient_moe.runtime.case import Case, make_policy
 from resilient_moe.runtime.device_store import DeviceStore
@@ -83,17 +80,10 @@ def plan_instance(case: Case, fresh: Fresh) -> Plans:
     token_kv_bytes=token_kv, attention=case.attention,
   )  # fmt: skip
   standing = policy.prepare(bare)
-  view = stand(bare, standing)
+  restarted = None
   if fresh.generation:
-    view = lose(view, fresh.dead)
-    view = advance(view, RestartInstance(fresh.ranks, fresh.cache))
-    view = dataclasses.replace(view, epoch=fresh.epoch + 1)
-  # Only what has really run is ready; the rest is to come.
-  own = view.executable if fresh.generation else None
-  own = own or frozenset()
-  view = dataclasses.replace(
-    view, ready=frozenset({own}), cached=frozenset(), executable=own
-  )
+    restarted = Restarted(fresh.ranks, fresh.dead, fresh.epoch, fresh.cache)
+  view = opening(bare, standing, restarted)
   shape = InstanceShape(
     config,
     dataclasses.replace(options, rows=view.rows_per_rank),

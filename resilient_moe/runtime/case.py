@@ -13,7 +13,7 @@ from resilient_moe.recovery import (
 )
 from resilient_moe.serving.request import Request
 
-RUNTIMES = ("emulated", "logical", "process")
+RUNTIMES = ("emulated", "logical", "process", "simulated")
 
 
 class RunFailed(RuntimeError):
@@ -43,6 +43,8 @@ class Case:
   attention: int = 0  # ranks that do attention only; 0: all do everything
   exchange: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # fields of `split.options.ExchangeOptions`
+  sim: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  # fields of `experiments.simulated.SimOptions`
 
   def __post_init__(self) -> None:
     for name, choices in (("runtime", RUNTIMES), ("deployment", DEPLOYMENTS)):
@@ -72,7 +74,7 @@ class Case:
     if apart and self.runtime == "logical":
       raise ValueError(
         "runtime='logical' is one program for all ranks; disaggregated runs "
-        "on: emulated, process"
+        "on: emulated, process, simulated"
       )
     if self.attention:
       check_roles(self.faults, self.attention, self.ranks)

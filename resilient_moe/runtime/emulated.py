@@ -22,18 +22,19 @@ from resilient_moe.recovery import (
   Straggler,
 )
 from resilient_moe.recovery.actions import Move
+from resilient_moe.recovery.reserve import Memory
 from resilient_moe.recovery.view import ClusterView, Tier
 from resilient_moe.runtime.device_store import DeviceStore
 from resilient_moe.runtime.execute import Mesh
-from resilient_moe.runtime.instance import Instance, Memory, packed
+from resilient_moe.runtime.instance import Instance, packed
 from resilient_moe.runtime.kv_checkpoint import KVCheckpointer
 from resilient_moe.runtime.logical_store import LogicalStore
 from resilient_moe.runtime.readiness import Readiness
-from resilient_moe.runtime.seats import Seats
 from resilient_moe.runtime.weights import WeightTiers, tree_bytes
 from resilient_moe.serving.backend import Placed, StepAborted
 from resilient_moe.serving.carry import Record
 from resilient_moe.serving.scheduler import StepBatch
+from resilient_moe.serving.seats import Seats
 
 
 class EmulatedBackend(Instance):

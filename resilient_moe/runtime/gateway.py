@@ -372,4 +372,5 @@ def case_to_json(case: Case) -> Message:
     **fields, "faults": faults, "n_ranks": n_ranks, "options": options,
     "policy_kwargs": kwargs, "detector": dict(case.detector),
     "cluster": dict(case.cluster), "exchange": dict(case.exchange),
+    "sim": dict(case.sim),
   }  # fmt: skip

@@ -4,15 +4,16 @@ import abc
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from resilient_moe.faults import Fault, Injector, Moment
 from resilient_moe.mesh.programs import InstanceShape
 from resilient_moe.model.step import pack, routing_arrays
-from resilient_moe.recovery import Failure, Role, Standing, Status
+from resilient_moe.recovery import Failure, Role, Standing
 from resilient_moe.recovery.actions import Action
+from resilient_moe.recovery.reserve import Memory, reserve_bytes
 from resilient_moe.recovery.view import ClusterView
 from resilient_moe.runtime.execute import EXECUTE, Mesh
 from resilient_moe.runtime.facts import Facts
@@ -27,15 +28,6 @@ if TYPE_CHECKING:
 WAIT_S = 0.02  # between two looks at the compiler
 # Faults that hit requests: whoever sits there loses its KV, or waits.
 HURTS = ("rank_lost", "rank_leaving", "rank_stuck")
-
-
-class Memory(NamedTuple):
-  """What an instance holds beside experts and rows."""
-
-  present: int  # ranks that hold arrays
-  dense_bytes: int  # of one rank
-  host_bytes: int  # experts in host memory, of all
-  checkpoint_bytes: int  # reserved for copies of KV, of all
 
 
 class Instance(Stepwise, abc.ABC):
@@ -83,23 +75,10 @@ class Instance(Stepwise, abc.ABC):
     return {}
 
   def redundancy_bytes(self, plans: "Plans") -> int:
-    """Memory beyond the same instance's without recovery.
-
-    Copies and empty slots of experts, spare KV rows, spare ranks' dense
-    weights, KV mirrors, and experts kept in host memory.
-    """
-    view, memory = plans.view, self.memory()
-    first = view.home[list(view.launched)]
-    attend = memory.present - int((first == Role.EXPERT).sum())
-    hold = memory.present - int((first == Role.ATTENTION).sum())
-    slots = hold * view.slots_per_rank - view.n_experts
-    base_rows = plans.base_rows * int((first != Role.EXPERT).sum())
-    rows = attend * view.rows_per_rank - base_rows
-    spares = int((view.status == Status.SPARE).sum())
-    total = slots * view.expert_bytes + rows * self.row_bytes
-    total += spares * memory.dense_bytes
-    total += memory.host_bytes + memory.checkpoint_bytes
-    return max(total, 0)
+    """Memory beyond the same instance's without recovery."""
+    return reserve_bytes(
+      plans.view, self.memory(), plans.base_rows, self.row_bytes
+    )
 
   @property
   def row_bytes(self) -> int:

@@ -1,7 +1,6 @@
 """The serve loop, written once for every backend (DESIGN 2.4)."""
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -11,6 +10,7 @@ from resilient_moe.recovery.checks import request_ranks
 from resilient_moe.recovery.policy import RecoveryPolicy
 from resilient_moe.serving.backend import Backend
 from resilient_moe.serving.carry import Record
+from resilient_moe.serving.clock import REAL_CLOCK, Clock
 from resilient_moe.serving.recover import Recovery
 from resilient_moe.serving.request import Request
 from resilient_moe.serving.scheduler import StepBatch, admit, complete, schedule
@@ -45,6 +45,7 @@ class Loop:
 
   recovery: Recovery
   current: Current
+  clock: Clock
   number: int = 0  # of the next step
   retired: dict[Domain, tuple[str, ...]] = dataclasses.field(
     default_factory=dict
@@ -74,7 +75,7 @@ class Running(NamedTuple):
   """A step that is under way."""
 
   batch: StepBatch
-  began_s: float  # monotonic
+  began_s: float  # on the loop's clock
 
   @property
   def requests(self) -> list[str]:
@@ -91,6 +92,7 @@ def serve(
   chunk: int,
   first_step: int = 0,
   on_step: Callable[[int, float], None] | None = None,
+  clock: Clock = REAL_CLOCK,
 ) -> None:
   """Serves until every request is answered and repairs are done.
 
@@ -102,6 +104,7 @@ def serve(
     chunk: prompt tokens a rank prefills in one step.
     first_step: number of the first step (a restarted engine goes on).
     on_step: called with the step's number and seconds, for progress.
+    clock: what seconds are measured on.
 
   Raises:
     EngineRestart: the plan ends this engine.
@@ -111,8 +114,8 @@ def serve(
   ranks = request_ranks(view)
   state = with_ranks(SchedulerState(), ranks, view.rows_per_rank)
   current = Current(state)
-  recovery = Recovery(policy, backend, record, current)
-  loop = Loop(recovery, current, first_step)
+  recovery = Recovery(policy, backend, record, current, clock)
+  loop = Loop(recovery, current, clock, first_step)
 
   def meanwhile() -> None:
     _finish(loop, on_step, 0.0)
@@ -157,7 +160,7 @@ def _begin(loop: Loop, chunk: int) -> None:
     if batch is not None:
       batch = dataclasses.replace(batch, retired=loop.take_retired(domain))
       loop.number += 1
-      loop.running[domain] = Running(batch, time.monotonic())
+      loop.running[domain] = Running(batch, loop.clock.now())
       backend.begin(batch)
 
 
@@ -179,7 +182,7 @@ def _finish(
     if tokens is None:
       _failed(loop, batch)
       continue
-    seconds = time.monotonic() - running.began_s
+    seconds = loop.clock.now() - running.began_s
     _complete(loop, batch, tokens, seconds)
     if on_step is not None:
       on_step(batch.number, seconds)
@@ -221,7 +224,7 @@ def _idle(loop: Loop, intake: Intake) -> bool:
   """Nothing to compute: False where nothing is left at all."""
   if loop.recovery.repairing:
     if loop.recovery.waiting:
-      time.sleep(IDLE_S)
+      loop.clock.sleep(IDLE_S)
     return True
   coming = intake.next_step()
   if coming is not None:
@@ -229,5 +232,5 @@ def _idle(loop: Loop, intake: Intake) -> bool:
     return True
   if intake.closed() and not loop.state.sequences:
     return not loop.recovery.backend.background_done()
-  time.sleep(IDLE_S)
+  loop.clock.sleep(IDLE_S)
   return True

@@ -6,12 +6,12 @@ as it then is (DESIGN 4: a plan is never resumed, only replaced).
 
 import collections
 import dataclasses
-import time
 from collections.abc import Collection, Iterable
 
+from resilient_moe.recovery import links
 from resilient_moe.recovery.actions import Action, CopyExperts, RestoreKV
 from resilient_moe.recovery.explain import explain
-from resilient_moe.recovery.failures import Failure, RanksLost
+from resilient_moe.recovery.failures import Failure, LinkLost, RanksLost
 from resilient_moe.recovery.plan import Plan, ordered
 from resilient_moe.recovery.policy import (
   Infeasible,
@@ -22,7 +22,10 @@ from resilient_moe.recovery.semantics import lose
 from resilient_moe.recovery.view import ClusterView
 from resilient_moe.serving.backend import Backend
 from resilient_moe.serving.carry import Record, carry_out
+from resilient_moe.serving.clock import REAL_CLOCK, Clock
 from resilient_moe.serving.state import Current, request_table
+
+LINK_TRIES = 10  # reports of a link that nobody can do without, or replace
 
 
 class Unrecoverable(Exception):
@@ -41,6 +44,7 @@ class Recovery:
   backend: Backend
   record: Record
   current: Current
+  clock: Clock = REAL_CLOCK
   pending: collections.deque[Failure] = dataclasses.field(
     default_factory=collections.deque
   )
@@ -56,6 +60,9 @@ class Recovery:
   repairing: bool = False
   waiting: bool = False  # for what the next action of the repair needs
   at_hand: Action | None = None  # that is being carried out
+  in_vain: collections.Counter[Failure] = dataclasses.field(
+    default_factory=collections.Counter
+  )  # what stops requests, and no plan was found for, and how often
 
   @property
   def resuming(self) -> bool:
@@ -166,28 +173,44 @@ class Recovery:
     )  # fmt: skip
 
   def _ask(self, failure: Failure) -> Plan | None:
-    start = time.monotonic()
+    start = self.clock.now()
     view = self.view()
     plan = recover_checked(self.policy, view, failure)
     name = self.policy.name
     if isinstance(plan, Infeasible):
       self.record("infeasible", policy=name, reason=plan.reason)
-      if isinstance(failure, RanksLost):
-        raise Unrecoverable(
-          f"policy {name!r} can't recover from the loss of rank(s) "
-          f"{list(failure.ranks)}: {plan.reason}"
-        )
+      self._check_hope(view, failure, plan.reason)
       return None
     self.record(
       "plan", policy=name, epoch=view.epoch, paused=list(plan.paused),
       resume=[explain(a) for a in ordered(plan.resume)],
       repair=[explain(a) for a in ordered(plan.repair)],
-      seconds=time.monotonic() - start,
+      seconds=self.clock.now() - start,
     )  # fmt: skip
     return plan
 
+  def _check_hope(
+    self, view: ClusterView, failure: Failure, reason: str
+  ) -> None:
+    """Raises Unrecoverable where service can't go on without a plan.
+
+    A link may work again by itself, so it is given some time.
+    """
+    if isinstance(failure, RanksLost):
+      what = f"the loss of rank(s) {list(failure.ranks)}"
+    elif isinstance(failure, LinkLost) and links.needed(view, failure):
+      self.in_vain[failure] += 1
+      if self.in_vain[failure] < LINK_TRIES:
+        return
+      what = f"the loss of the link {failure.ranks}, told {LINK_TRIES} times"
+    else:
+      return
+    raise Unrecoverable(
+      f"policy {self.policy.name!r} can't recover from {what}: {reason}"
+    )
+
   def _carry_out(self, part: str, action: Action) -> None:
-    start = time.monotonic()
+    start = self.clock.now()
     self.at_hand = action
     try:
       outcome = carry_out(action, self.current, self.backend, self.record)
@@ -195,7 +218,7 @@ class Recovery:
       self.at_hand = None
     self.record(
       "action", part=part, name=type(action).__name__,
-      explain=explain(action), seconds=time.monotonic() - start,
+      explain=explain(action), seconds=self.clock.now() - start,
       bytes=outcome.nbytes, tier=outcome.tier, outcome=outcome.detail,
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from resilient_moe.report.history import of_kind
 from resilient_moe.serving.recover import Unrecoverable
 from tests.runtime.harness import RANKS, Host, Lab, make_case
 from tests.runtime.watch import Watch
+from tests.sim import conform
 
 OUTSIDE = os.environ.get("RMOE_POLICY")
 # Others need roles apart: tests/runtime/split.
@@ -61,7 +62,7 @@ def fetched(host: Host) -> list[str]:
 def test_every_request_is_answered_as_without_faults(
   lab: Lab, policy: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  watch = Watch(monkeypatch)
+  watch, seen = Watch(monkeypatch), conform.Seen(monkeypatch)
   if (policy, name) in GIVES_UP:
     with pytest.raises(Unrecoverable, match=f"policy '{policy}' can't"):
       serve(lab, policy, name)
@@ -73,6 +74,7 @@ def test_every_request_is_answered_as_without_faults(
   if recovery.load(policy).lossless and (policy, name) != ("none", "none"):
     assert exact == "true"
   assert watch.wrong == []
+  assert conform.unlike(host.case, host.events, seen) == []
   if name in SINGLE and policy not in RESTARTS and not OUTSIDE:
     assert fetched(host) == ["stored" if policy == "not_ready" else "warm"]
     assert host.compiled == 0

@@ -33,9 +33,10 @@ from resilient_moe.recovery.actions import (
   Move,
   Rejoin,
 )
+from resilient_moe.recovery.reserve import Memory
 from resilient_moe.recovery.view import Tier
 from resilient_moe.runtime.execute import Mesh
-from resilient_moe.runtime.instance import Instance, Memory, packed
+from resilient_moe.runtime.instance import Instance, packed
 from resilient_moe.runtime.process.crew import Crew
 from resilient_moe.runtime.process.kv_copies import KVCopies
 from resilient_moe.runtime.process.mate import RanksGone, WorkerFailed

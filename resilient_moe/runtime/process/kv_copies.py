@@ -17,10 +17,10 @@ from resilient_moe.runtime.process.data import DRAIN_S, DataClient
 from resilient_moe.runtime.process.mate import WorkerFailed
 from resilient_moe.runtime.process.stores import Stores
 from resilient_moe.runtime.process.wire import Address
-from resilient_moe.runtime.seats import Seats
 from resilient_moe.serving.backend import Placed
 from resilient_moe.serving.carry import Record
 from resilient_moe.serving.scheduler import StepBatch
+from resilient_moe.serving.seats import Seats
 
 STORE_S = 3.0  # for a store to answer: everybody waits
 HOST = -1  # holder of what the store process mirrors

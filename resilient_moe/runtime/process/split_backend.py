@@ -17,8 +17,9 @@ from resilient_moe.mesh.executables import Source
 from resilient_moe.recovery import LinkLost, Role, Straggler
 from resilient_moe.recovery.actions import Action, CopyExperts, Rejoin
 from resilient_moe.recovery.checks import expert_ranks, request_ranks
+from resilient_moe.recovery.reserve import Memory
 from resilient_moe.runtime.execute import Mesh
-from resilient_moe.runtime.instance import Memory, packed
+from resilient_moe.runtime.instance import packed
 from resilient_moe.runtime.process.backend import ProcessBackend
 from resilient_moe.runtime.process.doubts import Doubts
 from resilient_moe.runtime.process.wire import Found, Peer, Reply

@@ -21,6 +21,7 @@ from tests.runtime.split.apart import (
   exact,
 )
 from tests.runtime.watch import Watch
+from tests.sim import conform
 
 # (attention, experts, policy, once an expert rank): one copy of each expert,
 # two that serve, one that serves and a shadow.
@@ -109,6 +110,8 @@ PAIRS = [
   ("revive_moe", "two_ews", 1),
   ("restart_cached", "aw_lost", 1),
 ]
+# What happens next depends on seconds: a link's delay, or the end of a wait.
+BY_SECONDS = ("link_slow",)
 
 
 def test_no_scenario_is_left_out() -> None:
@@ -136,7 +139,7 @@ def test_tokens_through_faults(
   lab: Lab, policy: str, name: str, losses: int, seed: int,
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-  watch = Watch(monkeypatch)
+  watch, seen = Watch(monkeypatch), conform.Seen(monkeypatch)
   attention = 3 if name in ("two_aws_apart", "one_after_another") else ATTENTION
   case = apart(
     lab, policy, drawn(name, attention, seed), attention=attention, seed=seed,
@@ -152,6 +155,8 @@ def test_tokens_through_faults(
   if load(policy).lossless:
     assert said["checkers"]["exactness"]["value"] == "true"
   assert watch.wrong == []
+  if name not in BY_SECONDS:
+    assert conform.unlike(case, host.events, seen) == []
   if policy != "restart_cached":
     assert not host.compiled
   if "prefill" in name:

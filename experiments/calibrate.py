@@ -1,0 +1,190 @@
+"""Fits the simulation's timing to real runs, and says how far off it is.
+
+  python -m experiments.calibrate --runs=runs/quickstart --out=FILE.json \
+      [--holdout=2] [--machine="2 cores"]
+
+RUNS is a work directory of `experiments.run`, on any runtime but the simulated.
+Runs of the seeds in --holdout (commas; default: the last seed) are left out of
+the fit. Then each of them is simulated with the fitted numbers: same policy,
+faults and requests. Printed is how far the simulated stall and resume time are
+from the real ones, |simulated - real| / real: the median and p90 over runs. The
+file goes into --config.sim.calibration=FILE.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+from absl import flags
+
+from experiments import cases, settings, sweep
+from experiments.cases import TWIN, Job
+from experiments.simulated import simulated_case
+from resilient_moe import report
+from resilient_moe.report import Event, History
+from resilient_moe.report.rows import BASELINE
+from resilient_moe.report.runs import write_text
+from resilient_moe.sim import fit as fit_lib
+from resilient_moe.sim.clock import VirtualClock
+from resilient_moe.sim.fitted import Fitted
+from resilient_moe.sim.run import Run
+
+METRICS = ("affected_stall_s", "resume_s", "service_stall_s", "step_s")
+BAD_INPUT = 2
+
+
+class Measured(NamedTuple):
+  """A held-out run: its numbers, and those of its simulation."""
+
+  job: Job
+  real: Mapping[str, Any]
+  simulated: Mapping[str, Any]
+
+
+def jobs_of(workdir: pathlib.Path) -> list[Job]:
+  """The finished and valid runs of a work directory, by its config.
+
+  Raises:
+    ValueError: there are none.
+  """
+  file = workdir / "config.json"
+  try:
+    config = json.loads(file.read_text("utf-8"))
+  except (OSError, ValueError) as error:
+    raise ValueError(f"--runs={workdir}: {error}") from error
+  chosen = settings.read(ml_collections.ConfigDict(config))
+  if chosen.runtime == "simulated":
+    raise ValueError(f"--runs={workdir} holds simulated runs")
+  found = [
+    job for job in cases.jobs(chosen)
+    if sweep.verdict_of(workdir / job.place).get("overall") in report.VALID
+  ]  # fmt: skip
+  if not found:
+    raise ValueError(f"--runs={workdir} holds no valid runs")
+  return found
+
+
+def events_of(workdir: pathlib.Path, job: Job) -> list[Event]:
+  """A run's history."""
+  return report.read_history(workdir / job.place / "history.jsonl")
+
+
+def simulate(job: Job, fitted: Fitted) -> list[Event]:
+  """The same case in virtual time."""
+  clock = VirtualClock()
+  history = History(clock.now)
+  Run(simulated_case(job.case), fitted, clock, history).run()
+  return list(history)
+
+
+def compare(
+  workdir: pathlib.Path, held_out: Sequence[Job], fitted: Fitted
+) -> list[Measured]:
+  """Numbers of each held-out run beside its simulation's.
+
+  Each against its own fault-free twin, over its own restart's horizon.
+  """
+  real = {job.place: events_of(workdir, job) for job in held_out}
+  ours = {job.place: simulate(job, fitted) for job in held_out}
+  found = []
+  for job in held_out:
+    if job.case.policy == TWIN:
+      continue
+    pair = []
+    for events in (real, ours):
+      twin = events.get(job.twin_place) or events.get(cases.shared_twin(job))
+      base = job.place.parent.parent / BASELINE / job.place.name
+      horizon_s = (
+        report.recovery_time_s(events[base]) if base in events else None
+      )
+      pair.append(
+        report.measure(events[job.place], twin, horizon_s=horizon_s)
+      )
+    found.append(Measured(job, *pair))
+  return found
+
+
+def summary(found: Sequence[Measured]) -> str:
+  """The errors: a line a metric, and the runs themselves."""
+  lines = []
+  for name in METRICS:
+    off = fit_lib.errors(((m.real, m.simulated) for m in found), name)
+    if off:
+      lines.append(
+        f"{name}: median error {np.median(off):.0%}, p90"
+        f" {np.quantile(off, 0.9):.0%} over {len(off)} held-out runs"
+      )
+  for m in found:
+    parts = [
+      f"{name} {m.real[name]:.4g} real, {m.simulated[name]:.4g} simulated"
+      for name in METRICS[:2]
+      if m.real[name] is not None and m.simulated[name] is not None
+    ]
+    lines.append(f"  {m.job.place}: {'; '.join(parts) or 'nothing to compare'}")
+  return "\n".join(lines)
+
+
+def calibrate(
+  workdir: pathlib.Path, holdout: Sequence[int] | None, machine: str
+) -> tuple[Fitted, list[Measured]]:
+  """Fits all seeds but the held-out ones; what those say.
+
+  Raises:
+    ValueError: nothing is left to fit, or to hold out.
+  """
+  found = jobs_of(workdir)
+  seeds = sorted({job.case.seed for job in found})
+  holdout = seeds[-1:] if holdout is None else holdout
+  held_out = [job for job in found if job.case.seed in holdout]
+  fitted_on = [job for job in found if job.case.seed not in holdout]
+  if not fitted_on or not held_out:
+    raise ValueError(
+      f"--holdout={','.join(map(str, holdout))} of the seeds {seeds}: at least "
+      "one seed must be held out and one must be left"
+    )
+  fitted = fit_lib.fit([events_of(workdir, j) for j in fitted_on], machine)
+  return fitted, compare(workdir, held_out, fitted)
+
+
+def main(argv: Sequence[str]) -> int:
+  """Fits, prints, writes; the exit status."""
+  values = flags.FlagValues()
+  for name, about in (
+    ("runs", "A work directory of experiments.run."),
+    ("out", "Where the calibration goes."),
+    ("holdout", "Seeds that are held out."),
+    ("machine", "Whose seconds these are, in words."),
+  ):
+    flags.DEFINE_string(name, None, about, flag_values=values)
+  try:
+    values(list(argv))
+    if not values.runs or not values.out:
+      raise ValueError("needed are --runs=DIR and --out=FILE")
+    holdout = None
+    if values.holdout:
+      holdout = [int(seed) for seed in values.holdout.split(",")]
+    fitted, found = calibrate(
+      pathlib.Path(values.runs), holdout, values.machine or "this machine"
+    )
+  except (ValueError, flags.Error) as error:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return BAD_INPUT
+  off = {
+    name: fit_lib.errors(((m.real, m.simulated) for m in found), name)
+    for name in METRICS
+  }
+  medians = {n: float(np.median(each)) for n, each in off.items() if each}
+  about = {**fitted.about, "held_out_error": medians}
+  fitted = dataclasses.replace(fitted, about=about)
+  write_text(values.out, fitted.to_json())
+  print(f"{fitted.note}\n{summary(found)}\nIn {values.out}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

@@ -1,0 +1,123 @@
+"""Runs a case on the simulated runtime: from a case to what `sim` needs.
+
+Same files as `runtime.gateway.run_case` leaves, in one process.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from resilient_moe.report import HistoryWriter
+from resilient_moe.runtime.case import Case, RunFailed, make_policy
+from resilient_moe.serving.recover import Unrecoverable
+from resilient_moe.sim.case import ModelFacts, SimulatedCase
+from resilient_moe.sim.clock import VirtualClock
+from resilient_moe.sim.fitted import Fitted
+from resilient_moe.sim.run import Run
+from resilient_moe.sim.timing import Timing
+
+Watch = Callable[[dict[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class SimOptions:
+  """Fields of `case.sim`, for the simulated runtime.
+
+  Attributes:
+    calibration: one that ships, by name, or a file of experiments.calibrate.
+    detect_s: seconds from a loss to its report, instead of the calibrated.
+    by_step: readiness and checkpoints count steps, not seconds.
+  """
+
+  calibration: str = "emulated"
+  detect_s: float | None = None
+  by_step: bool = False
+
+  def __post_init__(self) -> None:
+    if self.detect_s is not None and not self.detect_s >= 0:
+      raise ValueError(f"sim.detect_s={self.detect_s}: 0 seconds or more")
+
+  def timing(self) -> Timing:
+    """How long everything takes."""
+    fitted = Fitted.read(self.calibration)
+    if self.detect_s is None:
+      return fitted
+    delays = dict.fromkeys(fitted.detect, (self.detect_s,))
+    return dataclasses.replace(fitted, detect=delays)
+
+
+def run_simulated(
+  case: Case, folder: pathlib.Path, watch: Watch | None = None
+) -> None:
+  """Simulates a case; leaves `history.jsonl` and `outputs.jsonl` in `folder`.
+
+  Raises:
+    RunFailed: no policy in line could recover.
+  """
+  made = simulated_case(case)
+  folder.mkdir(parents=True, exist_ok=True)
+  partial = folder / "history.jsonl.partial"
+  clock = VirtualClock()
+  with HistoryWriter(partial, clock.now) as history:
+    run = Run(made, SimOptions(**case.sim).timing(), clock, history, watch)
+    try:
+      run.run()
+    except Unrecoverable as error:
+      raise RunFailed(str(error)) from error
+  outputs = folder / "outputs.jsonl.partial"
+  lines = [json.dumps(o) for o in run.outputs()]
+  outputs.write_text("".join(line + "\n" for line in lines))
+  partial.rename(folder / "history.jsonl")
+  outputs.rename(folder / "outputs.jsonl")
+
+
+def simulated_case(case: Case) -> SimulatedCase:
+  """What `sim` needs to know of a case."""
+  # Loads JAX (and starts no device) for the shapes of parameters.
+  from resilient_moe.model import StepOptions
+
+  options = StepOptions(**case.options)
+  return SimulatedCase(
+    name=case.policy,
+    policy=make_policy(case),
+    scenario=case.scenario,
+    seed=case.seed,
+    deployment=case.deployment,
+    ranks=case.ranks,
+    attention=case.attention,
+    model=model_facts(case.checkpoint, case.options),
+    rows=options.rows,
+    chunk=options.chunk,
+    max_len=options.max_len,
+    cache_len=options.cache_len,
+    requests=case.requests,
+    faults=case.faults,
+    wait_ready=case.wait_ready,
+    by_step=SimOptions(**case.sim).by_step,
+  )
+
+
+def model_facts(checkpoint: str, options: Mapping[str, Any]) -> ModelFacts:
+  """What a model's config says of its bytes."""
+  from resilient_moe.model import StepOptions
+  from resilient_moe.model.checkpoint import read_config
+  from resilient_moe.model.params import dense_bytes, expert_bytes
+  from resilient_moe.model.step import cache_shape
+
+  config, steps = read_config(checkpoint), StepOptions(**options)
+  itemsize = np.dtype(config.dtype).itemsize
+  numbers = int(np.prod(cache_shape(config, steps)))
+  return ModelFacts(
+    vocab_size=config.vocab_size,
+    n_experts=config.n_experts,
+    top_k=config.top_k,
+    moe_layers=config.moe_layers,
+    expert_bytes=expert_bytes(config),
+    dense_bytes=dense_bytes(config),
+    token_kv_bytes=numbers * itemsize // (steps.rows * steps.cache_len),
+    embedding_bytes=config.d_model * itemsize,
+  )

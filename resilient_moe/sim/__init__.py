@@ -1,0 +1,1 @@
+"""The same serving loop, policies and histories over a cost model. No JAX."""
