@@ -102,7 +102,7 @@ def _arguments(
   ints = of((1, batch_width(options, chunk)), jnp.int32)
   x, gates = of((n, d), config.dtype), of((n, k), config.dtype)
   y = of((n, k, d), config.dtype)
-  kv = (n, 2 * config.n_kv_heads, config.head_dim)
+  kv = (n, config.kv_heads, config.kv_width)
   first = of((config.dense_layers + 1, *kv), config.dtype)
   rest = (of((1, *kv), config.dtype),) * (config.moe_layers - 1)
   read = (params, cache, masked, ints)

@@ -35,34 +35,38 @@ def run_layers(
   row_block: int,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
   """Returns x [N, D], new KV [L, N, 2K, d], router statistics."""
-  new_kv, stats, first = [], [], 0
+  new_kv, stats, first, first_moe = [], [], 0, 0
   for group in params["groups"]:
-    experts = group.get("moe", {}).get("experts")
-    layer_params = _without_experts(group)
     n = group["mlp_norm"].shape[0]
 
     def body(
-      x: jax.Array, scanned: tuple, experts: Any = experts, first: int = first
+      x: jax.Array, scanned: tuple, first: int = first, moe: int = first_moe
     ) -> tuple[jax.Array, tuple]:
       index, layer = scanned
       x, kv, h, choice = attend_layer(
         config, layer, first + index, x, positions, masked, attend, row_block
       )
-      if experts is None:
+      if not choice:
         return x, (kv, {})
       chosen, gates, probabilities = choice
-      y = exchange(experts, index, h, to_slots(chosen))
+      # The expert stacks stay out of the scan: their blocks index them.
+      y = exchange(params["experts"], moe + index, h, to_slots(chosen))
       return combine(x, y, gates), (
         kv,
         _statistics(config, chosen, probabilities),
       )
 
-    scanned = (jnp.arange(n, dtype=jnp.int32), layer_params)
+    scanned = (jnp.arange(n, dtype=jnp.int32), group)
     x, (kv, stat) = jax.lax.scan(body, x, scanned)
     new_kv.append(kv)
-    stats.append(stat)
     first += n
-  return x, jnp.concatenate(new_kv), stats[-1]
+    if "moe" in group:
+      stats.append(stat)
+      first_moe += n
+  if not stats:  # the dense layers before the experts, by themselves
+    return x, jnp.concatenate(new_kv), {}
+  joined = jax.tree.map(lambda *s: jnp.concatenate(s), *stats)
+  return x, jnp.concatenate(new_kv), joined
 
 
 def attend_layer(
@@ -86,14 +90,6 @@ def attend_layer(
   after = lambda w, r: _after_attention(config, w, *r)
   x, h, choice = rowwise(after, (layer, masked), (x, out), row_block)
   return x, kv, h, choice
-
-
-def _without_experts(group: dict[str, Any]) -> dict[str, Any]:
-  """The expert stacks stay out of the scan: their blocks index them."""
-  if "moe" not in group:
-    return group
-  moe = {k: v for k, v in group["moe"].items() if k != "experts"}
-  return {**group, "moe": moe}
 
 
 def _before_attention(

@@ -31,8 +31,8 @@ def cache_shape(config: ModelConfig, options: StepOptions) -> tuple[int, ...]:
   and a contiguous slot 2 times faster than gathered pages at context 256.
   """
   return (
-    config.n_layers, 1, options.rows, 2 * config.n_kv_heads,
-    options.cache_len, config.head_dim,
+    config.n_layers, 1, options.rows, config.kv_heads, options.cache_len,
+    config.kv_width,
   )  # fmt: skip
 
 
@@ -162,13 +162,8 @@ def sample_lanes(
 
 def _squeeze_experts(params: Tree) -> Tree:
   """Drops the rank axis of the expert stacks, [L, 1, S, ...]."""
-  groups = []
-  for group in params["groups"]:
-    if "moe" in group:
-      experts = jax.tree.map(lambda x: x[:, 0], group["moe"]["experts"])
-      group = {**group, "moe": {**group["moe"], "experts": experts}}
-    groups.append(group)
-  return {**params, "groups": groups}
+  experts = jax.tree.map(lambda x: x[:, 0], params["experts"])
+  return {**params, "experts": experts}
 
 
 def attend_cached(
