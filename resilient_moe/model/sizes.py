@@ -6,7 +6,12 @@ import jax
 import numpy as np
 
 from resilient_moe.model.config import ModelConfig
-from resilient_moe.model.params import ParamSpec, count_params, describe, is_spec
+from resilient_moe.model.params import (
+  ParamSpec,
+  count_params,
+  describe,
+  is_spec,
+)
 
 
 @dataclasses.dataclass(frozen=True)
