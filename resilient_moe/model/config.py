@@ -83,6 +83,9 @@ class ModelConfig:
   def __post_init__(self) -> None:
     for name in ("windows", "dense_at"):  # JSON has lists
       object.__setattr__(self, name, tuple(getattr(self, name)))
+    while self.dense_at[:1] == (self.dense_layers,):  # one way to say it
+      object.__setattr__(self, "dense_layers", self.dense_layers + 1)
+      object.__setattr__(self, "dense_at", self.dense_at[1:])
     check_model(self)
 
   @property
