@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import json
 import pathlib
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -73,11 +72,10 @@ def jobs(settings: Settings) -> list[Job]:
   """
   folder = _checkpoint_folder(settings.checkpoint)
   options = _options(settings)
-  model = _model(settings.checkpoint, folder)
+  model, model_crc = _model(settings, folder)
   _check_policies(settings)
   _check_workloads(settings)
   _check_processes(settings)
-  model_crc = zlib.crc32((folder / "manifest.json").read_bytes())
   found = []
   for name, policies in _policies(settings).items():
     for seed in settings.seeds:
@@ -87,6 +85,7 @@ def jobs(settings: Settings) -> list[Job]:
       for policy in policies:
         case = Case(
           checkpoint=str(folder),
+          dtype=settings.dtype,
           policy=policy,
           policy_kwargs=_kwargs(settings, policy),
           scenario=name,
@@ -114,7 +113,7 @@ def _record(case: Case, model_crc: str) -> dict[str, Any]:
   """
   record = dataclasses.asdict(case)
   # Younger than the runs that lie in many a work directory.
-  for young, default in (("attention", 0), ("exchange", {})):
+  for young, default in (("attention", 0), ("exchange", {}), ("dtype", "")):
     if record[young] == default:
       del record[young]
   for fault in record["faults"]:
@@ -137,21 +136,21 @@ def _checkpoint_folder(name: str) -> pathlib.Path:
   return shipped if shipped.is_dir() else pathlib.Path(name).absolute()
 
 
-def _model(name: str, folder: pathlib.Path) -> "ModelConfig":
-  """The model's config, if the checkpoint is whole."""
+def _model(
+  settings: Settings, folder: pathlib.Path
+) -> tuple["ModelConfig", int]:
+  """The model's config and its CRC, if the checkpoint is whole."""
   # Loads JAX (and starts no device), which nothing else in a launcher does.
-  from resilient_moe.model import checkpoint
+  from resilient_moe.runtime.checkpoints import check_checkpoint
 
   try:
-    model = checkpoint.read_config(folder)
-    checkpoint.check_manifest(folder)
+    return check_checkpoint(folder, settings.dtype)
   except (OSError, ValueError, TypeError) as error:
     ships = ", ".join(sorted(p.name for p in ASSETS.glob("*/")))
     raise ValueError(
-      f"config.checkpoint={name!r}: {error}; needed is a folder that "
-      f"save_checkpoint wrote, or one that ships: {ships}"
+      f"config.checkpoint={settings.checkpoint!r}: {error}; needed is a folder "
+      f"that save_checkpoint wrote, a published one, or one that ships: {ships}"
     ) from error
-  return model
 
 
 def _options(settings: Settings) -> "StepOptions":

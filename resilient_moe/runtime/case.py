@@ -43,6 +43,7 @@ class Case:
   attention: int = 0  # ranks that do attention only; 0: all do everything
   exchange: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # fields of `split.options.ExchangeOptions`
+  dtype: str = ""  # of the weights; "": as the checkpoint says
 
   def __post_init__(self) -> None:
     for name, choices in (("runtime", RUNTIMES), ("deployment", DEPLOYMENTS)):
