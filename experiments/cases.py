@@ -29,7 +29,13 @@ from resilient_moe.runtime.process.rules import Limits
 from resilient_moe.runtime.split.options import ExchangeOptions
 from resilient_moe.serving.request import Request
 from resilient_moe.serving.scheduler import refusal
-from resilient_moe.serving.workload import make_requests
+from resilient_moe.serving.workload import (
+  PromptSource,
+  byte_prompts,
+  make_requests,
+  random_prompts,
+  tokenized_prompts,
+)
 
 if TYPE_CHECKING:
   from resilient_moe.model import ModelConfig, StepOptions
@@ -76,11 +82,12 @@ def jobs(settings: Settings) -> list[Job]:
   _check_policies(settings)
   _check_workloads(settings)
   _check_processes(settings)
+  prompts = _prompts(folder, model)
   found = []
   for name, policies in _policies(settings).items():
     for seed in settings.seeds:
       faults = _faults(settings, name, seed)
-      requests = _requests(settings, name, seed)
+      requests = _requests(settings, name, seed, prompts)
       _check_fit(requests, options, model)
       for policy in policies:
         case = Case(
@@ -168,15 +175,29 @@ def _options(settings: Settings) -> "StepOptions":
     raise ValueError(f"config.options: {error}") from error
 
 
+def _prompts(folder: pathlib.Path, model: "ModelConfig") -> PromptSource:
+  """Bytes for our own models, else tokens as the checkpoint has them."""
+  from third_party import huggingface
+
+  if not huggingface.is_checkpoint(folder):
+    return byte_prompts
+  if huggingface.has_tokenizer(folder):
+    return tokenized_prompts(huggingface.Tokenizer(folder).encode)
+  return random_prompts(model.vocab_size)
+
+
 def _requests(
-  settings: Settings, name: str, seed: int
+  settings: Settings, name: str, seed: int, prompts: PromptSource
 ) -> tuple[Request, ...]:
   """The requests of a scenario."""
   workload = {**settings.workload, **settings.workloads.get(name, {})}
   try:
-    requests = make_requests(**{**workload, "seed": seed})
+    requests = make_requests(
+      **{**workload, "seed": seed, "prompts": prompts}
+    )
   except (TypeError, ValueError) as error:
-    choices = ", ".join(inspect.signature(make_requests).parameters)
+    known = inspect.signature(make_requests).parameters
+    choices = ", ".join(name for name in known if name != "prompts")
     raise ValueError(
       f"config.workload: {error}; arguments: {choices}"
     ) from error

@@ -42,7 +42,7 @@ LLAMA3 = {
 }  # fmt: skip
 _MLA = {
   "num_key_value_heads": 4, "kv_lora_rank": 12, "qk_rope_head_dim": 6,
-  "qk_nope_head_dim": 5, "v_head_dim": 7, "moe_intermediate_size": 12,
+  "qk_nope_head_dim": 4, "v_head_dim": 7, "moe_intermediate_size": 12,
   "n_routed_experts": 8, "n_shared_experts": 2, "routed_scaling_factor": 1.5,
   "first_k_dense_replace": 1, "q_lora_rank": 10, "num_experts_per_tok": 3,
 }  # fmt: skip
@@ -148,13 +148,13 @@ def make(
   config._experts_implementation = "eager"
   torch.manual_seed(seed)
   model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-  randomise(model)
+  randomise(model, config.tie_word_embeddings)
   with quiet():
     model.save_pretrained(folder, max_shard_size="40KB")
   return Reference(model, folder)
 
 
-def randomise(model: Any) -> None:
+def randomise(model: Any, tied: bool) -> None:
   """Random values of a size that keeps every layer's part visible."""
   with torch.no_grad():
     for name, x in [*model.named_parameters(), *model.named_buffers()]:
@@ -165,7 +165,7 @@ def randomise(model: Any) -> None:
       elif x.ndim == 1 or name.endswith("bias"):
         x.copy_(0.3 * torch.randn_like(x))
       elif "embed" in name:
-        x.copy_(torch.randn_like(x))
+        x.copy_((0.2 if tied else 1) * torch.randn_like(x))
       else:
         x.copy_(torch.randn_like(x) / x.shape[-1] ** 0.5)
 

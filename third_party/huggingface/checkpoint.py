@@ -235,11 +235,11 @@ def _check(
     raise ValueError(
       f"{folder}: {CONFIG} asks for tensors that are missing: {_few(missing)}"
     )
-  for name, shape in weights.shapes.items():
-    if name in wanted and shape != wanted[name]:
+  for name, shape in wanted.items():
+    if weights.shapes[name] != shape:
       raise ValueError(
-        f"{folder}: {name} has shape {list(shape)}; {CONFIG} asks for "
-        f"{list(wanted[name])}"
+        f"{folder}: {name} has shape {list(weights.shapes[name])}; {CONFIG} "
+        f"asks for {list(shape)}"
       )
   if extra := [
     name
