@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import json
 import pathlib
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,13 @@ from resilient_moe.runtime.process.rules import Limits
 from resilient_moe.runtime.split.options import ExchangeOptions
 from resilient_moe.serving.request import Request
 from resilient_moe.serving.scheduler import refusal
-from resilient_moe.serving.workload import make_requests
+from resilient_moe.serving.workload import (
+  PromptSource,
+  byte_prompts,
+  make_requests,
+  random_prompts,
+  tokenized_prompts,
+)
 
 if TYPE_CHECKING:
   from resilient_moe.model import ModelConfig, StepOptions
@@ -74,20 +79,21 @@ def jobs(settings: Settings) -> list[Job]:
   """
   folder = _checkpoint_folder(settings.checkpoint)
   options = _options(settings)
-  model = _model(settings.checkpoint, folder)
+  model, model_crc = _model(settings, folder)
   _check_policies(settings)
   _check_workloads(settings)
   _check_processes(settings)
-  model_crc = zlib.crc32((folder / "manifest.json").read_bytes())
+  prompts = _prompts(folder, model)
   found = []
   for name, policies in _policies(settings).items():
     for seed in settings.seeds:
       faults = _faults(settings, name, seed)
-      requests = _requests(settings, name, seed)
+      requests = _requests(settings, name, seed, prompts)
       _check_fit(requests, options, model)
       for policy in policies:
         case = Case(
           checkpoint=str(folder),
+          dtype=settings.dtype,
           policy=policy,
           policy_kwargs=_kwargs(settings, policy),
           scenario=name,
@@ -116,9 +122,10 @@ def _record(case: Case, model_crc: str) -> dict[str, Any]:
   """
   record = dataclasses.asdict(case)
   # Younger than the runs that lie in many a work directory.
-  for young, default in (("attention", 0), ("exchange", {}), ("sim", {})):
-    if record[young] == default:
-      del record[young]
+  young = {"attention": 0, "exchange": {}, "sim": {}, "dtype": ""}
+  for field, default in young.items():
+    if record[field] == default:
+      del record[field]
   for fault in record["faults"]:
     for young in ("delay_s", "inside"):
       if fault[young] is None:
@@ -139,21 +146,21 @@ def _checkpoint_folder(name: str) -> pathlib.Path:
   return shipped if shipped.is_dir() else pathlib.Path(name).absolute()
 
 
-def _model(name: str, folder: pathlib.Path) -> "ModelConfig":
-  """The model's config, if the checkpoint is whole."""
+def _model(
+  settings: Settings, folder: pathlib.Path
+) -> tuple["ModelConfig", int]:
+  """The model's config and its CRC, if the checkpoint is whole."""
   # Loads JAX (and starts no device), which nothing else in a launcher does.
-  from resilient_moe.model import checkpoint
+  from resilient_moe.runtime.checkpoints import check_checkpoint
 
   try:
-    model = checkpoint.read_config(folder)
-    checkpoint.check_manifest(folder)
+    return check_checkpoint(folder, settings.dtype)
   except (OSError, ValueError, TypeError) as error:
     ships = ", ".join(sorted(p.name for p in ASSETS.glob("*/")))
     raise ValueError(
-      f"config.checkpoint={name!r}: {error}; needed is a folder that "
-      f"save_checkpoint wrote, or one that ships: {ships}"
+      f"config.checkpoint={settings.checkpoint!r}: {error}; needed is a folder "
+      f"that save_checkpoint wrote, a published one, or one that ships: {ships}"
     ) from error
-  return model
 
 
 def _options(settings: Settings) -> "StepOptions":
@@ -171,15 +178,29 @@ def _options(settings: Settings) -> "StepOptions":
     raise ValueError(f"config.options: {error}") from error
 
 
+def _prompts(folder: pathlib.Path, model: "ModelConfig") -> PromptSource:
+  """Bytes for our own models, else tokens as the checkpoint has them."""
+  from third_party import huggingface
+
+  if not huggingface.is_checkpoint(folder):
+    return byte_prompts
+  if huggingface.has_tokenizer(folder):
+    return tokenized_prompts(huggingface.Tokenizer(folder).encode)
+  return random_prompts(model.vocab_size)
+
+
 def _requests(
-  settings: Settings, name: str, seed: int
+  settings: Settings, name: str, seed: int, prompts: PromptSource
 ) -> tuple[Request, ...]:
   """The requests of a scenario."""
   workload = {**settings.workload, **settings.workloads.get(name, {})}
   try:
-    requests = make_requests(**{**workload, "seed": seed})
+    requests = make_requests(
+      **{**workload, "seed": seed, "prompts": prompts}
+    )
   except (TypeError, ValueError) as error:
-    choices = ", ".join(inspect.signature(make_requests).parameters)
+    known = inspect.signature(make_requests).parameters
+    choices = ", ".join(name for name in known if name != "prompts")
     raise ValueError(
       f"config.workload: {error}; arguments: {choices}"
     ) from error

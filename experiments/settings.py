@@ -24,7 +24,11 @@ class Settings:
   """The settings of a comparison; those without a default must be given.
 
   Attributes:
-    checkpoint: folder of the model, or the name of one that ships.
+    checkpoint: folder of the model (one that `save_checkpoint` wrote, or a
+      published one with config.json and *.safetensors), or the name of one
+      that ships.
+    dtype: what a published checkpoint's weights become, float32 or bfloat16;
+      empty: what its config.json says that they are.
     workload: arguments of `serving.workload.make_requests`; a seed's requests
       are drawn with that seed.
     workloads: by scenario, what is different in its workload.
@@ -89,6 +93,7 @@ class Settings:
   shared_twin: bool = False
   leave_out: tuple[str, ...] = ()
   only: str = ""
+  dtype: str = ""
 
 
 def read(config: ml_collections.ConfigDict) -> Settings:
@@ -119,6 +124,10 @@ def _text(key: str, value: Any) -> str:
   if not isinstance(value, str) or not value:
     raise ValueError(f"{key}={value!r}: needed is a text that is not empty")
   return value
+
+
+def _maybe(key: str, value: Any) -> str:
+  return _text(key, value) if value else ""
 
 
 def _integer(low: int) -> Callable[[str, Any], int]:
@@ -262,6 +271,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
   "cluster": _table,
   "deployment": _text,
   "detector": _table,
+  "dtype": _maybe,
   "exchange": _table,
   "fault_after_ready": _truth,
   "fault_rank": _integer(-1),

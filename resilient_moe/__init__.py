@@ -4,7 +4,7 @@ The public door. It is lazy: a name is imported when it is first asked for, so
 that host-only users (policies, the simulator, reports) never load JAX.
 
   import resilient_moe as rm
-  config, params = rm.load_checkpoint(path)
+  config, params = rm.load_checkpoint(path)  # or rm.load_huggingface(path)
   logits = rm.forward(config, params, tokens)
   outputs = rm.generate(config, params, prompts, ranks=8, policy="kv_restore")
 """
@@ -57,6 +57,11 @@ if TYPE_CHECKING:
     first_feasible,
   )
   from resilient_moe.runtime.generate import generate
+  from third_party.huggingface import (
+    Tokenizer,
+    load_huggingface,
+    save_huggingface,
+  )
 
 __version__ = "0.1.0"
 
@@ -92,6 +97,7 @@ __all__ = [
   "Straggler",
   "SwitchRole",
   "Tier",
+  "Tokenizer",
   "Verify",
   "cheapest",
   "compose",
@@ -100,17 +106,22 @@ __all__ = [
   "generate",
   "init_params",
   "load_checkpoint",
+  "load_huggingface",
   "save_checkpoint",
+  "save_huggingface",
 ]
 
 # Where a name lives; what is not listed comes from the recovery core.
 _ELSEWHERE = {
+  "Tokenizer": "third_party.huggingface",
   "ModelConfig": "resilient_moe.model",
   "forward": "resilient_moe.model",
   "generate": "resilient_moe.runtime.generate",
   "init_params": "resilient_moe.model",
   "load_checkpoint": "resilient_moe.model",
+  "load_huggingface": "third_party.huggingface",
   "save_checkpoint": "resilient_moe.model",
+  "save_huggingface": "third_party.huggingface",
 }
 
 

@@ -34,7 +34,8 @@ ARROWS: dict[str, set[str]] = {
   "datapath": {"recovery"},
   "model": set(),
   "mesh": {"model", "recovery"},
-  "runtime": CORE | {"datapath", "model", "mesh"},
+  # Engines read published checkpoints where they lie, on every worker.
+  "runtime": CORE | {"datapath", "model", "mesh", "third_party"},
   "sim": set(CORE),
   "policies": CORE - {"faults"} | {DOOR},
   "configs": set(),

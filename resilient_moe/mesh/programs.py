@@ -53,7 +53,7 @@ def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
 
 def expert_shapes(shape: InstanceShape, n_ranks: int) -> Tree:
   """Expert stacks of `n_ranks` ranks: {name: [L, R, S, ...]}."""
-  specs = describe(shape.config)["groups"][-1]["moe"]["experts"]
+  specs = describe(shape.config)["experts"]
 
   def of(spec: ParamSpec) -> jax.ShapeDtypeStruct:
     n_layers, _, *rest = spec.shape
@@ -65,22 +65,15 @@ def expert_shapes(shape: InstanceShape, n_ranks: int) -> Tree:
 
 def with_experts(dense: Tree, experts: Tree) -> Tree:
   """The step's parameter tree: dense parameters and slot stacks."""
-  *first, last = dense["groups"]
-  last = {**last, "moe": {**last["moe"], "experts": experts}}
-  return {**dense, "groups": [*first, last]}
+  return {**dense, "experts": experts}
 
 
 def dense_shapes(config: ModelConfig) -> Tree:
   """Everything but the experts, as shapes."""
   tree = describe(config)
-  groups = []
-  for group in tree["groups"]:
-    if "moe" in group:
-      moe = {k: v for k, v in group["moe"].items() if k != "experts"}
-      group = {**group, "moe": moe}
-    groups.append(group)
+  del tree["experts"]
   of = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype)
-  return jax.tree.map(of, {**tree, "groups": groups}, is_leaf=is_spec)
+  return jax.tree.map(of, tree, is_leaf=is_spec)
 
 
 def step_shapes(shape: InstanceShape, n_ranks: int, chunk: int) -> tuple:
@@ -163,8 +156,7 @@ def logical_step(shape: InstanceShape, n_ranks: int) -> Callable:
     params: Tree, cache: jax.Array, routing: Tree, ints: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     expand = lambda x: x[:, None]
-    experts = params["groups"][-1]["moe"]["experts"]
-    params = with_experts(params, jax.tree.map(expand, experts))
+    params = with_experts(params, jax.tree.map(expand, params["experts"]))
     delta, tokens = fn(params, cache[:, None], routing, ints[None])
     return delta[:, 0], tokens[0]
 
@@ -205,9 +197,9 @@ def lower_commit(
   on = SingleDeviceSharding(device)
   of = lambda s, t: jax.ShapeDtypeStruct(tuple(s), t, sharding=on)
   fn = commit_chunk if chunk else commit_rows
-  heads, d = 2 * config.n_kv_heads, config.head_dim
+  width = options.rows + chunk
   delta = of(
-    (config.n_layers, 1, options.rows + chunk, heads, d), config.dtype
+    (config.n_layers, 1, width, config.kv_heads, config.kv_width), config.dtype
   )
   ints = of((1, batch_width(options, chunk)), jnp.int32)
   jitted = jax.jit(lambda *a: fn(options, *a), donate_argnums=0)

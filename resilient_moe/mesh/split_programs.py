@@ -44,7 +44,17 @@ def buckets(shape: InstanceShape) -> tuple[int, ...]:
 def lower_attention_programs(
   shape: InstanceShape, device: jax.Device
 ) -> dict[str, Lower]:
-  """By name: begin, go_on, finish and commit of each chunk width."""
+  """By name: begin, go_on, finish and commit of each chunk width.
+
+  Raises:
+    ValueError: a model with dense layers between or behind its MoE layers,
+      where the step isn't cut.
+  """
+  if dense_at := shape.config.dense_at:
+    raise ValueError(
+      f"dense_at={dense_at}: a disaggregated deployment serves models whose "
+      "dense layers are the first ones (dense_layers); choose a collocated one"
+    )
   lowered: dict[str, Lower] = {}
   for chunk in shape.chunks():
     arguments = _arguments(shape, device, chunk)
@@ -73,7 +83,7 @@ def lower_expert_programs(
     lambda s: of(s.shape, s.dtype), expert_shapes(shape, 1)
   )
   config = shape.config
-  call = functools.partial(split_step.run_experts, shape.options)
+  call = functools.partial(split_step.run_experts, config, shape.options)
   lowered: dict[str, Lower] = {
     f"experts{m}": functools.partial(
       _lower, f"experts{m}", call,
@@ -100,9 +110,9 @@ def _arguments(
   cache = rank_shapes(shape, device)["cache"]
   masked = of((config.n_experts,), jnp.bool_)
   ints = of((1, batch_width(options, chunk)), jnp.int32)
-  x, gates = of((n, d), config.dtype), of((n, k), config.dtype)
+  x, gates = of((n, d), config.dtype), of((n, k), jnp.float32)
   y = of((n, k, d), config.dtype)
-  kv = (n, 2 * config.n_kv_heads, config.head_dim)
+  kv = (n, config.kv_heads, config.kv_width)
   first = of((config.dense_layers + 1, *kv), config.dtype)
   rest = (of((1, *kv), config.dtype),) * (config.moe_layers - 1)
   read = (params, cache, masked, ints)

@@ -1,4 +1,4 @@
-"""Grouped-query attention over fixed KV blocks, and RoPE.
+"""Attention over fixed KV blocks.
 
 The KV cache is read, never written (DESIGN 2.2): the new keys and values are
 spliced into their absolute positions inside the fixed blocks, so that a
@@ -6,59 +6,48 @@ decoded token and a re-prefilled one are reduced in the same order and have
 the same bits. The blocks are visited with a running softmax (Dao et al.,
 FlashAttention, 2022, algorithm 1); a block that is masked for a row changes
 none of its bits, so rows of different lengths share one loop.
+
+What a family adds is data: a sink is where the running softmax starts from,
+a window is where its loop does. A head of the cache is either keys (the first
+half of the heads) or values, or, with latents, both (`latent` > 0).
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from resilient_moe.model.config import ModelConfig, StepOptions
+from resilient_moe.model.config import StepOptions
 from resilient_moe.model.rows import pairwise_sum
 
-# block number [] -> keys and values side by side, [G, 2K, kv_block, d]
+# block number [] -> what is cached of its tokens, [G, heads, kv_block, w]
 Block = Callable[[jax.Array], jax.Array]
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-  """Rotates halves (x1, x2): [N, H, d], [N] -> [N, H, d]."""
-  half = x.shape[-1] // 2
-  inv = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions.astype(jnp.float32)[:, None] * inv[None, :]
-  cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
-  x1, x2 = x[..., :half], x[..., half:]
-  return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+class Reach(NamedTuple):
+  """What the queries of a layer see beside the causal rest."""
+
+  latent: int = 0  # width of a value that is the start of its own key
+  sinks: jax.Array | None = None  # [H] a logit of each head, without a value
+  window: jax.Array | None = None  # [] int32 positions seen; 0: all before
 
 
-def split_heads(
-  config: ModelConfig, qkv: jax.Array, positions: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """[N, (H+2K)d] -> q [N, H, d] (scaled, rotated), kv [N, 2K, d].
-
-  Keys and values lie side by side, so that cache, delta and checkpoint are
-  one array each.
-  """
-  n, d = qkv.shape[0], config.head_dim
-  heads = qkv.reshape(n, config.n_heads + 2 * config.n_kv_heads, d)
-  q, k, v = jnp.split(
-    heads, [config.n_heads, config.n_heads + config.n_kv_heads], axis=1
-  )
-  q = rope(q, positions, config.rope_theta) * (d**-0.5)
-  k = rope(k, positions, config.rope_theta)
-  return q, jnp.concatenate([k, v], axis=1)
+EVERYTHING = Reach()
 
 
 def attend(
-  q: jax.Array,  # [G, Q, H, d]
-  kv_new: jax.Array,  # [G, Q, 2K, d] keys and values of the same tokens
+  q: jax.Array,  # [G, Q, H, w]
+  kv_new: jax.Array,  # [G, Q, heads, w] keys and values of the same tokens
   start: jax.Array,  # [G] int32 position of each sequence's first query
   length: jax.Array,  # [G] int32 queries that count; the rest is padding
   cached: Block | None,  # what lies before them; None: nothing
   options: StepOptions,
+  reach: Reach = EVERYTHING,
 ) -> jax.Array:
-  """Causal attention of `Q` new tokens of `G` sequences, [G, Q, H, d]."""
+  """Causal attention of `Q` new tokens of `G` sequences, [G, Q, H, value]."""
   g, n_q, h, d = q.shape
-  k_heads = kv_new.shape[2] // 2
+  k_heads = 1 if reach.latent else kv_new.shape[2] // 2
   group = h // k_heads
   # At most 32 query rows in one product: one class of bits (rows.py).
   width = max(1, min(n_q, 32 // group))
@@ -67,19 +56,20 @@ def attend(
   q = q.reshape(g, count, width, k_heads, group, d)
   q = jnp.moveaxis(q, (1, 3), (0, 2))  # [count, G, K, width, group, d]
   block = _spliced(kv_new, start, cached, options.kv_block)
-  reach = jnp.where(length > 0, start + length, 0)
+  stop = jnp.where(length > 0, start + length, 0)
 
   def part(index: jax.Array, q_part: jax.Array) -> jax.Array:
     first = index * width
-    end = jnp.max(jnp.minimum(reach, start + first + width))
+    end = jnp.max(jnp.minimum(stop, start + first + width))
     rows = jnp.repeat(jnp.arange(width, dtype=jnp.int32), group)
     at = start[:, None] + first + rows[None, :]  # [G, width * group]
     flat = q_part.reshape(g, k_heads, width * group, d)
     if flat.shape[2] == 1:  # a lone row would be a matrix-vector product
       flat, at = jnp.repeat(flat, 2, axis=2), jnp.repeat(at, 2, axis=1)
-    out = _over_blocks(flat, at, block, end, options.kv_block)
+    begin = _begin(start + first, length > first, reach)
+    out = _over_blocks(flat, at, block, begin, end, options.kv_block, reach)
     out = out[:, :, : width * group]
-    return out.reshape(g, k_heads, width, group, d)
+    return out.reshape(g, k_heads, width, group, out.shape[-1])
 
   if count == 1:
     out = part(jnp.int32(0), q[0])[None]
@@ -87,7 +77,16 @@ def attend(
     indices = jnp.arange(count, dtype=jnp.int32)
     out = jax.lax.map(lambda a: part(*a), (indices, q))
   out = jnp.moveaxis(out, (0, 2), (1, 3))  # [G, count, width, K, group, d]
-  return out.reshape(g, count * width, h, d)[:, :n_q]
+  return out.reshape(g, count * width, h, out.shape[-1])[:, :n_q]
+
+
+def _begin(start: jax.Array, live: jax.Array, reach: Reach) -> jax.Array:
+  """The first position that any sequence's first query sees."""
+  if reach.window is None:
+    return jnp.int32(0)
+  seen = jnp.where(reach.window > 0, start - reach.window + 1, 0)
+  last = jnp.iinfo(jnp.int32).max  # sequences that don't count don't widen it
+  return jnp.maximum(jnp.min(jnp.where(live, seen, last)), 0)
 
 
 def _spliced(
@@ -116,43 +115,91 @@ def _spliced(
 
 
 def _over_blocks(
-  q: jax.Array, at: jax.Array, block: Block, end: jax.Array, size: int
+  q: jax.Array,  # [G, K, M, w]
+  at: jax.Array,  # [G, M] int32 positions
+  block: Block,
+  begin: jax.Array,  # [] int32 first position of anybody's interest
+  end: jax.Array,  # [] int32 behind the last one
+  size: int,
+  reach: Reach,
 ) -> jax.Array:
-  """Running softmax: q [G, K, M, d] at positions [G, M] -> [G, K, M, d]."""
+  """Running softmax over the blocks, [G, K, M, value]."""
   lanes = jnp.arange(size, dtype=jnp.int32)
 
   def body(j: jax.Array, carry: tuple) -> tuple:
     top, total, acc = carry
-    k, v = jnp.split(block(j), 2, axis=1)
-    scores = jnp.einsum("gkmd,gktd->gkmt", q, k)
-    seen = (j * size + lanes)[None, None, :] <= at[:, :, None]
+    k, v = _keys_and_values(block(j), reach.latent)
+    scores = jnp.einsum(
+      "gkmd,gktd->gkmt", q, k, preferred_element_type=jnp.float32
+    )
+    seen = _seen((j * size + lanes)[None, None, :], at[:, :, None], reach)
     scores = jnp.where(seen[:, None], scores, -jnp.inf)
     new_top = jnp.maximum(top, scores.max(axis=-1))
     p = jnp.exp(scores - new_top[..., None])
     keep = jnp.exp(top - new_top)
     total = total * keep + pairwise_sum(p)
-    acc = acc * keep[..., None] + jnp.einsum("gkmt,gktd->gkmd", p, v)
-    return new_top, total, acc
+    found = jnp.einsum("gkmt,gktd->gkmd", p, v.astype(jnp.float32))
+    return new_top, total, acc * keep[..., None] + found
 
-  shape = q.shape[:3]
-  # Finite, so that a padded row that sees nothing stays free of NaN.
-  top = jnp.full(shape, jnp.finfo(jnp.float32).min, jnp.float32)
-  init = (top, jnp.zeros(shape, jnp.float32), jnp.zeros(q.shape, jnp.float32))
+  width = reach.latent or q.shape[-1]
+  acc = jnp.zeros((*q.shape[:3], width), jnp.float32)
+  init = (*_start(q.shape[:3], reach), acc)
   blocks = (end + size - 1) // size
-  _, total, acc = jax.lax.fori_loop(0, blocks, body, init)
+  _, total, acc = jax.lax.fori_loop(begin // size, blocks, body, init)
   return (acc / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
 
 
-def attend_plain(q: jax.Array, kv: jax.Array) -> jax.Array:
-  """Causal attention with a gradient: [G,Q,H,d], [G,Q,2K,d] -> [G,Q,H,d].
+def _keys_and_values(
+  cached: jax.Array, latent: int
+) -> tuple[jax.Array, jax.Array]:
+  """[G, heads, T, w] -> keys [G, K, T, w], values [G, K, T, value]."""
+  if latent:
+    return cached, cached[..., :latent]
+  k, v = jnp.split(cached, 2, axis=1)
+  return k, v
+
+
+def _seen(key: jax.Array, query: jax.Array, reach: Reach) -> jax.Array:
+  """Whether a query at one position sees a key at another."""
+  seen = key <= query
+  if reach.window is None:
+    return seen
+  near = key > query - reach.window
+  return seen & (near | (reach.window == 0))
+
+
+def _start(
+  shape: tuple[int, ...], reach: Reach
+) -> tuple[jax.Array, jax.Array]:
+  """The running softmax before any key: its maximum and its total."""
+  if reach.sinks is None:
+    # Finite, so that a padded row that sees nothing stays free of NaN.
+    least = jnp.finfo(jnp.float32).min
+    return jnp.full(shape, least, jnp.float32), jnp.zeros(shape, jnp.float32)
+  _, k_heads, rows = shape  # rows: queries, and in each the group's heads
+  heads = reach.sinks.astype(jnp.float32).reshape(k_heads, -1)
+  tiled = jnp.tile(heads, (1, rows // heads.shape[1]))
+  return jnp.broadcast_to(tiled[None], shape), jnp.ones(shape, jnp.float32)
+
+
+def attend_plain(
+  q: jax.Array, kv: jax.Array, reach: Reach = EVERYTHING
+) -> jax.Array:
+  """With a gradient: [G, T, H, w], [G, T, heads, w] -> [G, T, H, value].
 
   For training: the block loop has no reverse-mode gradient.
   """
-  g, n, h, d = q.shape
-  k, v = jnp.split(kv, 2, axis=2)
-  q = q.reshape(g, n, k.shape[2], -1, d)
-  scores = jnp.einsum("gqkmd,gtkd->gkmqt", q, k)
-  causal = jnp.tril(jnp.ones((n, n), bool))
-  scores = jnp.where(causal[None, None, None], scores, -jnp.inf)
-  p = jax.nn.softmax(scores, axis=-1)
-  return jnp.einsum("gkmqt,gtkd->gqkmd", p, v).reshape(g, n, h, d)
+  g, n, h, _ = q.shape
+  k, v = _keys_and_values(jnp.swapaxes(kv, 1, 2), reach.latent)
+  q = q.reshape(g, n, k.shape[1], -1, q.shape[-1])
+  scores = jnp.einsum("gqkmd,gktd->gkmqt", q, k)
+  at = jnp.arange(n)
+  seen = _seen(at[None, :], at[:, None], reach)
+  scores = jnp.where(seen[None, None, None], scores, -jnp.inf)
+  if reach.sinks is not None:
+    sinks = reach.sinks.reshape(1, k.shape[1], -1, 1, 1)
+    sinks = jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))
+    scores = jnp.concatenate([scores, sinks.astype(scores.dtype)], axis=-1)
+  p = jax.nn.softmax(scores, axis=-1)[..., :n]
+  out = jnp.einsum("gkmqt,gktd->gqkmd", p, v)
+  return out.reshape(g, n, h, v.shape[-1])

@@ -42,8 +42,15 @@ def save_checkpoint(
   partial = final.with_name(final.name + ".partial")
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
-  cast = lambda x: np.asarray(jnp.asarray(x).astype(dtype or config.dtype))
-  tree = split_experts(config, jax.tree.map(cast, params))
+
+  def cast(spec: ParamSpec, x: Any) -> np.ndarray:
+    narrow = dtype if dtype and spec.dtype == config.dtype else spec.dtype
+    return np.asarray(jnp.asarray(x).astype(narrow))
+
+  specs = describe(config)
+  tree = split_experts(
+    config, jax.tree.map(cast, specs, params, is_leaf=is_spec)
+  )
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as saver:
     saver.save(partial / _PARAMS, args=ocp.args.PyTreeSave(tree))
   for marker in (partial / _PARAMS).glob("commit_success.txt"):
@@ -61,7 +68,7 @@ def save_checkpoint(
 def load_checkpoint(path: str | os.PathLike) -> tuple[ModelConfig, Tree]:
   """A checkpoint's config and parameters, as arrays on the default device."""
   config, tree = load_host(path)
-  return config, jax.tree.map(jnp.asarray, join_experts(config, tree))
+  return config, jax.tree.map(jnp.asarray, join_experts(tree))
 
 
 def load_host(path: str | os.PathLike) -> tuple[ModelConfig, Tree]:
@@ -75,7 +82,7 @@ def load_host(path: str | os.PathLike) -> tuple[ModelConfig, Tree]:
   wanted = jax.eval_shape(
     lambda: split_experts(config, _zeros(describe(config)))
   )
-  return config, _restore(folder, wanted, config)
+  return config, _restore(folder, wanted)
 
 
 def load_experts(
@@ -88,38 +95,27 @@ def load_experts(
   )
   names = {expert: f"{expert:03d}" for expert in experts}
   part = {"experts": {n: wanted["experts"][n] for n in names.values()}}
-  tree = _restore(folder, part, config)
+  tree = _restore(folder, part)
   return {expert: tree["experts"][name] for expert, name in names.items()}
 
 
 def split_experts(config: ModelConfig, params: Tree) -> Tree:
   """Stacked parameters -> dense tree + one tree of [L, ...] per expert."""
-  dense, experts = [], None
-  for group in params["groups"]:
-    if "moe" not in group:
-      dense.append(group)
-      continue
-    moe = dict(group["moe"])
-    experts = moe.pop("experts")
-    dense.append({**group, "moe": moe})
+  dense = dict(params)
+  experts = dense.pop("experts")
   each = {
     f"{e:03d}": jax.tree.map(lambda x, e=e: x[:, e], experts)
     for e in range(config.n_experts)
   }
-  return {"dense": {**params, "groups": dense}, "experts": each}
+  return {"dense": dense, "experts": each}
 
 
-def join_experts(config: ModelConfig, tree: Tree) -> Tree:
+def join_experts(tree: Tree) -> Tree:
   """The inverse of `split_experts`, in NumPy."""
   names = sorted(tree["experts"])
   trees = [tree["experts"][name] for name in names]
   stacked = jax.tree.map(lambda *x: np.stack(x, axis=1), *trees)
-  groups = []
-  for group in tree["dense"]["groups"]:
-    if "moe" in group:
-      group = {**group, "moe": {**group["moe"], "experts": stacked}}
-    groups.append(group)
-  return {**tree["dense"], "groups": groups}
+  return {**tree["dense"], "experts": stacked}
 
 
 def read_config(folder: str | os.PathLike) -> ModelConfig:
@@ -178,15 +174,13 @@ def _zeros(specs: Tree) -> Tree:
   return jax.tree.map(zero, specs, is_leaf=is_spec)
 
 
-def _restore(folder: pathlib.Path, wanted: Tree, config: ModelConfig) -> Tree:
+def _restore(folder: pathlib.Path, wanted: Tree) -> Tree:
   import orbax.checkpoint as ocp
 
-  leaf = ocp.RestoreArgs(
-    restore_type=np.ndarray, dtype=np.dtype(config.dtype)
-  )
+  leaf = lambda s: ocp.RestoreArgs(restore_type=np.ndarray, dtype=s.dtype)
   args = ocp.args.PyTreeRestore(
     item=wanted,
-    restore_args=jax.tree.map(lambda _: leaf, wanted),
+    restore_args=jax.tree.map(leaf, wanted),
     partial_restore=True,
   )
   # Each process of a job reads by itself: nobody waits for the others, of

@@ -3,7 +3,7 @@
 Every strategy is a function `exchange(experts, layer, x, slots) -> y` on one
 rank of the mesh axis `ep`:
 
-  experts  gate_up [L, S, D, 2F], down [L, S, F, D]: this rank's slots
+  experts  gate_up [L, S, D, 2F], down [L, S, F, D], ...: this rank's slots
   layer    int32, which of the L
   x        [N, D] this rank's tokens
   slots    [N, k] int32 physical slots, rank * S + slot; -1: no expert
@@ -14,6 +14,7 @@ them in a fixed order, so results don't depend on the number of ranks, the
 placement of the experts, or which replica served.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,58 +22,64 @@ import jax
 import jax.numpy as jnp
 
 from resilient_moe.model.config import StepOptions
-from resilient_moe.model.experts import KERNELS
+from resilient_moe.model.experts import KERNELS, Activation, swiglu
 
+# (experts, layer, x, token, slots) -> y: a kernel of `experts.KERNELS`
+Kernel = Callable[..., jax.Array]
 Exchange = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 AXIS = "ep"  # the expert-parallel mesh axis
 
 
-def make_exchange(options: StepOptions, n_ranks: int) -> Exchange:
+def make_exchange(
+  options: StepOptions, n_ranks: int, activation: Activation = swiglu
+) -> Exchange:
   """The strategy that `options.dispatch` names, for a mesh of `n_ranks`."""
+  kernel = functools.partial(
+    KERNELS[options.experts],
+    fixed_block=options.expert_block,
+    activation=activation,
+  )
   if n_ranks == 1:
-    return _local(options)
+    return _local(kernel)
   if options.dispatch == "all_gather":
-    return _all_gather(options, n_ranks)
-  return _all_to_all(options, n_ranks)
+    return _all_gather(kernel, n_ranks)
+  return _all_to_all(kernel, n_ranks)
 
 
-def _local(options: StepOptions) -> Exchange:
-  kernel = KERNELS[options.experts]
-
+def _local(kernel: Kernel) -> Exchange:
   def exchange(
     experts: Any, layer: jax.Array, x: jax.Array, slots: jax.Array
   ) -> jax.Array:
     n, k = slots.shape
-    held = experts["gate_up"].shape[1]
+    held = experts["down"].shape[1]
     flat = jnp.where(slots >= 0, slots, held).reshape(-1)
     token = jnp.arange(n * k, dtype=jnp.int32) // k
-    y = kernel(experts, layer, x, token, flat, options.expert_block)
+    y = kernel(experts, layer, x, token, flat)
     return y.reshape(n, k, -1)
 
   return exchange
 
 
-def _all_gather(options: StepOptions, n_ranks: int) -> Exchange:
+def _all_gather(kernel: Kernel, n_ranks: int) -> Exchange:
   """Everybody sees every token, computes its own experts, scatters back.
 
   The reduce-scatter adds zeros to the one rank's contribution, so it is exact
   (`jax_facts.md`: reduce-scatter of the *unsummed* [T, k, D]).
   """
-  kernel = KERNELS[options.experts]
 
   def exchange(
     experts: Any, layer: jax.Array, x: jax.Array, slots: jax.Array
   ) -> jax.Array:
     n, k = slots.shape
-    held = experts["gate_up"].shape[1]
+    held = experts["down"].shape[1]
     me = jax.lax.axis_index(AXIS)
     everyone = jax.lax.all_gather(x, AXIS, tiled=True)  # [R * N, D]
     flat = jax.lax.all_gather(slots.reshape(-1), AXIS, tiled=True)
     mine = (flat >= 0) & (flat // held == me)
     local = jnp.where(mine, flat % held, held)
     token = jnp.arange(n_ranks * n * k, dtype=jnp.int32) // k
-    y = kernel(experts, layer, everyone, token, local, options.expert_block)
+    y = kernel(experts, layer, everyone, token, local)
     y = jax.lax.psum_scatter(y, AXIS, scatter_dimension=0, tiled=True)
     return y.reshape(n, k, -1)
 
@@ -91,15 +98,14 @@ def round_size(n: int, k: int, held: int, n_ranks: int) -> int:
   return min(worst, max(32, -(-2 * n * k // n_ranks)))
 
 
-def _all_to_all(options: StepOptions, n_ranks: int) -> Exchange:
+def _all_to_all(kernel: Kernel, n_ranks: int) -> Exchange:
   """Tokens travel to their experts' ranks, in as many rounds as they need."""
-  kernel = KERNELS[options.experts]
 
   def exchange(
     experts: Any, layer: jax.Array, x: jax.Array, slots: jax.Array
   ) -> jax.Array:
     n, k = slots.shape
-    held = experts["gate_up"].shape[1]
+    held = experts["down"].shape[1]
     size = round_size(n, k, held, n_ranks)
     flat = slots.reshape(-1)
     to = jnp.where(flat >= 0, flat // held, n_ranks)
@@ -118,7 +124,7 @@ def _all_to_all(options: StepOptions, n_ranks: int) -> Exchange:
       slot = jnp.where(real, flat[row] % held, held).reshape(-1)
       got, slot = _send(x[(row // k).reshape(-1)], slot)
       token = jnp.arange(n_ranks * size, dtype=jnp.int32)
-      done = kernel(experts, layer, got, token, slot, options.expert_block)
+      done = kernel(experts, layer, got, token, slot)
       back = jax.lax.all_to_all(done, AXIS, 0, 0, tiled=True)
       here = (flat >= 0) & (place >= first) & (place < first + size)
       index = jnp.minimum(to, n_ranks - 1) * size + place - first

@@ -5,16 +5,51 @@ matmul in plain XLA"): rows are sorted by slot, each slot's rows are padded to
 whole blocks, and a loop visits the blocks that exist.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from resilient_moe.model.config import ModelConfig
 
-def swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-  """SwiGLU: [N, D], [D, 2F], [F, D] -> [N, D]."""
-  gate, up = jnp.split(x @ gate_up, 2, axis=-1)
-  return (jax.nn.silu(gate) * up) @ down
+# gate and up projection [N, F] both -> [N, F]
+Activation = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """Shazeer, "GLU variants improve transformer", 2020."""
+  return jax.nn.silu(gate) * up
+
+
+def activation_of(config: ModelConfig) -> Activation:
+  """The activation that a config names."""
+  if config.activation == "swiglu":
+    return swiglu
+  limit, alpha = config.swiglu_limit, config.swiglu_alpha
+
+  def clamped(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """gpt-oss's, whose up projection is biased by one."""
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (up + 1) * (gate * jax.nn.sigmoid(alpha * gate))
+
+  return clamped
+
+
+def mlp(
+  activation: Activation,
+  x: jax.Array,  # [N, D]
+  gate_up: jax.Array,  # [D, 2F] the gate's columns, then the up projection's
+  down: jax.Array,  # [F, D]
+  gate_up_bias: jax.Array | None = None,  # [2F]
+  down_bias: jax.Array | None = None,  # [D]
+) -> jax.Array:
+  """A gated MLP, one expert's or a dense one: [N, D]."""
+  hidden = x @ gate_up
+  if gate_up_bias is not None:
+    hidden = hidden + gate_up_bias[None, :]
+  y = activation(*jnp.split(hidden, 2, axis=-1)) @ down
+  return y if down_bias is None else y + down_bias[None, :]
 
 
 def block_size(n: int, fixed: int) -> int:
@@ -46,12 +81,13 @@ def _rows_of(i: Any, plan: tuple, block: int) -> tuple[jax.Array, jax.Array]:
 
 
 def run_blocks(
-  experts: dict[str, jax.Array],  # gate_up [L, S, D, 2F], down [L, S, F, D]
+  experts: dict[str, jax.Array],  # [L, S, ...], see `params.describe`
   layer: jax.Array,
   x: jax.Array,  # [T, D]
   token: jax.Array,  # [M] int32 row of `x` of each assignment
   slots: jax.Array,  # [M] int32 slot of each assignment; S: none
   fixed_block: int = 0,
+  activation: Activation = swiglu,
 ) -> jax.Array:
   """Each assignment's expert output, [M, D]; zero where the slot is S.
 
@@ -59,7 +95,7 @@ def run_blocks(
   rank's loop runs after the other.
   """
   call = jax.custom_batching.sequential_vmap(
-    lambda e, i, x, t, s: _run_blocks(e, i, x, t, s, fixed_block)
+    lambda e, i, x, t, s: _run_blocks(e, i, x, t, s, fixed_block, activation)
   )
   return call(experts, layer, x, token, slots)
 
@@ -71,20 +107,21 @@ def _run_blocks(
   token: jax.Array,
   slots: jax.Array,
   fixed_block: int,
+  activation: Activation,
 ) -> jax.Array:
   m = slots.shape[0]
-  gate_up, down = experts["gate_up"], experts["down"]
   block = block_size(m, fixed_block)
-  plan = _plan(slots, gate_up.shape[1], block)
+  plan = _plan(slots, experts["down"].shape[1], block)
 
   def weights(stack: jax.Array, slot: jax.Array) -> jax.Array:
-    start = (layer, slot, 0, 0)
+    start = (layer, slot) + (0,) * (stack.ndim - 2)
     return jax.lax.dynamic_slice(stack, start, (1, 1, *stack.shape[2:]))[0, 0]
 
   def body(i: jax.Array, y: jax.Array) -> jax.Array:
     slot, rows = _rows_of(i, plan, block)
     xb = x[token[jnp.minimum(rows, m - 1)]]
-    yb = swiglu(xb, weights(gate_up, slot), weights(down, slot))
+    one = {name: weights(stack, slot) for name, stack in experts.items()}
+    yb = mlp(activation, xb, **one)
     return y.at[rows].set(yb, mode="drop", unique_indices=False)
 
   y = jnp.zeros((m, x.shape[1]), x.dtype)
@@ -98,11 +135,12 @@ def run_static(
   token: jax.Array,
   slots: jax.Array,
   fixed_block: int = 0,
+  activation: Activation = swiglu,
 ) -> jax.Array:
   """As `run_blocks`, with as many blocks as there can be: differentiable."""
   m = slots.shape[0]
-  gate_up, down = experts["gate_up"][layer], experts["down"][layer]
-  n_slots = gate_up.shape[0]
+  held = {name: stack[layer] for name, stack in experts.items()}
+  n_slots = held["down"].shape[0]
   block = fixed_block or max(8, min(128, m // n_slots))
   plan = _plan(slots, n_slots, block)
   count = -(-m // block) + n_slots
@@ -111,7 +149,8 @@ def run_static(
   exists = (index < plan[-1][-1])[:, None]
   rows = jnp.where(exists, rows, m)
   xb = x[token[jnp.minimum(rows, m - 1)]]  # [count, block, D]
-  yb = jax.vmap(swiglu)(xb, gate_up[slot], down[slot])
+  one = {name: stack[slot] for name, stack in held.items()}
+  yb = jax.vmap(lambda x, w: mlp(activation, x, **w))(xb, one)
   y = jnp.zeros((m + 1, x.shape[1]), x.dtype)
   return y.at[rows].set(yb, mode="drop")[:m]
 

@@ -2,15 +2,18 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from resilient_moe.model.attention import attend, attend_plain
+from resilient_moe.model.attention import Reach, attend, attend_plain
 from resilient_moe.model.config import ModelConfig, StepOptions
 from resilient_moe.model.dispatch import make_exchange
+from resilient_moe.model.experts import activation_of
 from resilient_moe.model.layers import run_layers
+from resilient_moe.model.lost import Lost
 from resilient_moe.model.rows import rms_norm, rowwise
 
 
@@ -33,24 +36,73 @@ def unembed(
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
 def _forward(
+  config: ModelConfig,
+  options: StepOptions,
+  params: Any,
+  tokens: jax.Array,
+  lost: Lost | None,
+) -> jax.Array:
+  x, _ = _serving_layers(config, options, params, tokens, lost)
+  logits = unembed(config, params, x, options.row_block)
+  return logits.reshape(*tokens.shape, -1)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "options"))
+def _load(
   config: ModelConfig, options: StepOptions, params: Any, tokens: jax.Array
 ) -> jax.Array:
+  _, stats = _serving_layers(config, options, params, tokens, None)
+  return stats["expert_load"]
+
+
+def _serving_layers(
+  config: ModelConfig,
+  options: StepOptions,
+  params: Any,
+  tokens: jax.Array,
+  lost: Lost | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
   b, t = tokens.shape
-  positions = jnp.tile(jnp.arange(t, dtype=jnp.int32), b)
   start = jnp.zeros((b,), jnp.int32)
   length = jnp.full((b,), t, jnp.int32)
+
+  def attend_all(q: jax.Array, kv: jax.Array, reach: Reach) -> jax.Array:
+    return attend(q, kv, start, length, None, options, reach)
+
+  return _layers(config, options, params, tokens, attend_all, lost)
+
+
+def _layers(
+  config: ModelConfig,
+  options: StepOptions,
+  params: Any,
+  tokens: jax.Array,
+  attend_all: Callable[[jax.Array, jax.Array, Reach], jax.Array],
+  lost: Lost | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """All layers over whole sequences: x [B * T, D], router statistics."""
+  b, t = tokens.shape
+  positions = jnp.tile(jnp.arange(t, dtype=jnp.int32), b)
   split = lambda a: a.reshape(b, t, *a.shape[1:])
 
-  def attend_all(_: jax.Array, q: jax.Array, kv: jax.Array) -> jax.Array:
-    out = attend(split(q), split(kv), start, length, None, options)
+  def attend_flat(
+    _: jax.Array, q: jax.Array, kv: jax.Array, reach: Reach
+  ) -> jax.Array:
+    out = attend_all(split(q), split(kv), reach)
     return out.reshape(b * t, *out.shape[2:])
 
-  x, _, _ = run_layers(
-    config, params, params["embed"][tokens.reshape(-1)], positions,
-    jnp.zeros((config.n_experts,), bool), attend_all,
-    make_exchange(options, 1), lambda chosen: chosen, options.row_block,
+  def to_slots(layer: jax.Array, chosen: jax.Array) -> jax.Array:
+    if lost is None or lost.answers is None:
+      return chosen
+    return lost.answers[layer][chosen]
+
+  masked = jnp.zeros((config.n_experts,), bool) if lost is None else lost.masked
+  x, _, stats = run_layers(
+    config, params, params["embed"][tokens.reshape(-1)], positions, masked,
+    attend_flat, make_exchange(options, 1, activation_of(config)), to_slots,
+    options.row_block,
   )  # fmt: skip
-  return split(unembed(config, params, x, options.row_block))
+  return x, stats
 
 
 def forward(
@@ -58,19 +110,38 @@ def forward(
   params: dict[str, Any],
   tokens: jax.Array,
   options: StepOptions | None = None,
+  lost: Lost | None = None,
 ) -> jax.Array:
   """Logits of every position, [B, T] int32 -> [B, T, V] float32.
 
   One device. With row-invariant numerics (the default) bit-equal to what the
-  serving step computes by chunked prefill and decode.
+  serving step computes by chunked prefill and decode. `lost` says which
+  experts are gone and what is done about it (`lost.py`).
   """
+  tokens = _checked(tokens)
+  used = dataclasses.replace(options or StepOptions(), experts="blocks")
+  return _forward(config, used, params, tokens, lost)
+
+
+def expert_load(
+  config: ModelConfig,
+  params: dict[str, Any],
+  tokens: jax.Array,
+  options: StepOptions | None = None,
+) -> jax.Array:
+  """Share of a text's assignments that each expert gets, [L_moe, E]."""
+  tokens = _checked(tokens)
+  used = dataclasses.replace(options or StepOptions(), experts="blocks")
+  return _load(config, used, params, tokens)
+
+
+def _checked(tokens: Any) -> jax.Array:
   tokens = jnp.asarray(tokens)
   if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise ValueError(
       f"tokens: {tokens.dtype} {tokens.shape}; an integer [B, T] is needed"
     )
-  used = dataclasses.replace(options or StepOptions(), experts="blocks")
-  return _forward(config, used, params, tokens)
+  return tokens
 
 
 def train_forward(
@@ -80,18 +151,6 @@ def train_forward(
 
   The statistics are `router_probs_mean` and `expert_load`, both [L_moe, E].
   """
-  b, t = tokens.shape
   options = StepOptions(row_block=0, experts="static")
-  positions = jnp.tile(jnp.arange(t, dtype=jnp.int32), b)
-  split = lambda a: a.reshape(b, t, *a.shape[1:])
-
-  def attend_all(_: jax.Array, q: jax.Array, kv: jax.Array) -> jax.Array:
-    out = attend_plain(split(q), split(kv))
-    return out.reshape(b * t, *out.shape[2:])
-
-  x, _, stats = run_layers(
-    config, params, params["embed"][tokens.reshape(-1)], positions,
-    jnp.zeros((config.n_experts,), bool), attend_all,
-    make_exchange(options, 1), lambda chosen: chosen, 0,
-  )  # fmt: skip
-  return split(unembed(config, params, x, 0)), stats
+  x, stats = _layers(config, options, params, tokens, attend_plain)
+  return unembed(config, params, x, 0).reshape(*tokens.shape, -1), stats

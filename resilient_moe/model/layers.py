@@ -10,17 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from resilient_moe.model.attention import split_heads
+from resilient_moe.model.attention import Reach
 from resilient_moe.model.config import ModelConfig
 from resilient_moe.model.dispatch import Exchange
-from resilient_moe.model.experts import swiglu
+from resilient_moe.model.experts import activation_of, mlp
+from resilient_moe.model.projections import attention_output, queries_and_kv
 from resilient_moe.model.router import route
 from resilient_moe.model.rows import rms_norm, rowwise
 
-# (layer [], q [N, H, d], kv [N, 2K, d]) -> out [N, H, d]
-Attend = Callable[..., jax.Array]
-# experts [N, k] int32 -> physical slots [N, k] int32
-ToSlots = Callable[[jax.Array], jax.Array]
+# (layer [], q [N, H, w], kv [N, heads, w], reach) -> out [N, H, value]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Reach], jax.Array]
+# (MoE layer [], experts [N, k] int32) -> physical slots [N, k] int32
+ToSlots = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def run_layers(
@@ -28,41 +29,48 @@ def run_layers(
   params: dict[str, Any],
   x: jax.Array,  # [N, D]
   positions: jax.Array,  # [N] int32
-  masked: jax.Array,  # [E] bool experts hidden from the gate
+  masked: jax.Array,  # [E] or [L_moe, E] bool, experts hidden from the gate
   attend: Attend,
   exchange: Exchange,
   to_slots: ToSlots,
   row_block: int,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-  """Returns x [N, D], new KV [L, N, 2K, d], router statistics."""
-  new_kv, stats, first = [], [], 0
+  """Returns x [N, D], new KV [L, N, heads, w], router statistics."""
+  new_kv, stats, first, first_moe = [], [], 0, 0
   for group in params["groups"]:
-    experts = group.get("moe", {}).get("experts")
-    layer_params = _without_experts(group)
     n = group["mlp_norm"].shape[0]
 
     def body(
-      x: jax.Array, scanned: tuple, experts: Any = experts, first: int = first
+      x: jax.Array, scanned: tuple, first: int = first, moe: int = first_moe
     ) -> tuple[jax.Array, tuple]:
       index, layer = scanned
+      hidden = masked if masked.ndim == 1 else masked[moe + index]
       x, kv, h, choice = attend_layer(
-        config, layer, first + index, x, positions, masked, attend, row_block
+        config, layer, first + index, x, positions, hidden, attend, row_block
       )
-      if experts is None:
+      if not choice:
         return x, (kv, {})
       chosen, gates, probabilities = choice
-      y = exchange(experts, index, h, to_slots(chosen))
+      # The expert stacks stay out of the scan: their blocks index them.
+      y = exchange(
+        params["experts"], moe + index, h, to_slots(moe + index, chosen)
+      )
       return combine(x, y, gates), (
         kv,
         _statistics(config, chosen, probabilities),
       )
 
-    scanned = (jnp.arange(n, dtype=jnp.int32), layer_params)
+    scanned = (jnp.arange(n, dtype=jnp.int32), group)
     x, (kv, stat) = jax.lax.scan(body, x, scanned)
     new_kv.append(kv)
-    stats.append(stat)
     first += n
-  return x, jnp.concatenate(new_kv), stats[-1]
+    if "moe" in group:
+      stats.append(stat)
+      first_moe += n
+  if not stats:  # the dense layers before the experts, by themselves
+    return x, jnp.concatenate(new_kv), {}
+  joined = jax.tree.map(lambda *s: jnp.concatenate(s), *stats)
+  return x, jnp.concatenate(new_kv), joined
 
 
 def attend_layer(
@@ -77,30 +85,33 @@ def attend_layer(
 ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
   """A layer up to its experts.
 
-  Returns x [N, D], new KV [N, 2K, d], what the experts see [N, D], and the
+  Returns x [N, D], new KV [N, heads, w], what the experts see [N, D], and the
   router's choice (`router.route`), () for a dense layer.
   """
   before = lambda w, r: _before_attention(config, w, *r)
   q, kv = rowwise(before, layer["attention"], (x, positions), row_block)
-  out = attend(index, q, kv)
+  out = attend(index, q, kv, _reach(config, layer, index))
   after = lambda w, r: _after_attention(config, w, *r)
   x, h, choice = rowwise(after, (layer, masked), (x, out), row_block)
   return x, kv, h, choice
 
 
-def _without_experts(group: dict[str, Any]) -> dict[str, Any]:
-  """The expert stacks stay out of the scan: their blocks index them."""
-  if "moe" not in group:
-    return group
-  moe = {k: v for k, v in group["moe"].items() if k != "experts"}
-  return {**group, "moe": moe}
+def _reach(
+  config: ModelConfig, layer: dict[str, Any], index: jax.Array
+) -> Reach:
+  """What a layer's queries see; its window is data, so that one loop does."""
+  window = None
+  if any(config.windows):
+    window = jnp.asarray(config.windows, jnp.int32)[index]
+  latent = config.kv_rank if config.attention == "mla" else 0
+  return Reach(latent, layer["attention"].get("sinks"), window)
 
 
 def _before_attention(
   config: ModelConfig, w: dict, x: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   h = rms_norm(x, w["norm"], config.norm_eps)
-  return split_heads(config, h @ w["qkv"], positions)
+  return queries_and_kv(config, w, h, positions)
 
 
 def _after_attention(
@@ -108,23 +119,28 @@ def _after_attention(
 ) -> tuple[jax.Array, jax.Array, Any]:
   """Projection, residual, norm; then the MLP, or the router's choice."""
   layer, masked = w
-  x = x + out.reshape(x.shape[0], -1) @ layer["attention"]["out"]
+  activation = activation_of(config)
+  x = x + attention_output(config, layer["attention"], out)
   h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
   if "mlp" in layer:
-    return x + swiglu(h, **layer["mlp"]), h, ()
+    return x + mlp(activation, h, **layer["mlp"]), h, ()
   moe = layer["moe"]
-  choice = route(config, h @ moe["router"], masked)
+  wide = lambda a: a.astype(jnp.float32)
+  logits = wide(h) @ wide(moe["router"])
+  if "router_bias" in moe:
+    logits = logits + wide(moe["router_bias"])[None, :]
+  choice = route(config, logits, masked, moe.get("correction_bias"))
   if "shared" in moe:
-    x = x + swiglu(h, **moe["shared"])
+    x = x + mlp(activation, h, **moe["shared"])
   return x, h, choice
 
 
 def combine(x: jax.Array, y: jax.Array, gates: jax.Array) -> jax.Array:
   """Adds the k contributions in the router's order, [N, k, D] -> [N, D]."""
-  total = y[:, 0] * gates[:, :1].astype(x.dtype)
+  total = y[:, 0].astype(jnp.float32) * gates[:, :1]
   for j in range(1, y.shape[1]):
-    total = total + y[:, j] * gates[:, j : j + 1].astype(x.dtype)
-  return x + total
+    total = total + y[:, j].astype(jnp.float32) * gates[:, j : j + 1]
+  return x + total.astype(x.dtype)
 
 
 def _statistics(

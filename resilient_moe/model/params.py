@@ -27,7 +27,7 @@ class ParamSpec:
   shape: tuple[int, ...]
   axes: tuple[str, ...]  # one logical name per dimension
   fan_in: int = 0  # initial values: normal / sqrt(fan_in); 0: ones
-  dtype: str = "float32"
+  dtype: str = ""  # `describe` fills in the model's
 
   @property
   def sharding(self) -> PartitionSpec:
@@ -47,48 +47,18 @@ def is_spec(x: Any) -> bool:
   return isinstance(x, ParamSpec)
 
 
-def _attention(c: ModelConfig, n: int) -> dict[str, Any]:
-  heads = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
-  out = c.n_heads * c.head_dim
-  d, axis = c.d_model, "layer"
-  return {
-    "norm": ParamSpec((n, d), (axis, "embed")),
-    "qkv": ParamSpec((n, d, heads), (axis, "embed", "heads"), d),
-    "out": ParamSpec((n, out, d), (axis, "heads", "embed"), out),
-  }
-
-
-def _mlp(c: ModelConfig, n: int, width: int) -> dict[str, Any]:
-  """SwiGLU with the gate's and the up projection's columns side by side."""
-  d = c.d_model
-  return {
-    "gate_up": ParamSpec((n, d, 2 * width), ("layer", "embed", "mlp"), d),
-    "down": ParamSpec((n, width, d), ("layer", "mlp", "embed"), width),
-  }
-
-
-def _moe(c: ModelConfig, n: int) -> dict[str, Any]:
-  d, e, f = c.d_model, c.n_experts, c.expert_width
-  lead = ("layer", "expert")
-  moe: dict[str, Any] = {
-    "router": ParamSpec((n, d, e), ("layer", "embed", "logits"), d),
-    "experts": {
-      "gate_up": ParamSpec((n, e, d, 2 * f), (*lead, "embed", "mlp"), d),
-      "down": ParamSpec((n, e, f, d), (*lead, "mlp", "embed"), f),
-    },
-  }
-  if c.shared_width:
-    moe["shared"] = _mlp(c, n, c.shared_width)
-  return moe
-
-
 def describe(config: ModelConfig) -> dict[str, Any]:
-  """The tree of `ParamSpec`s of a model."""
+  """The tree of `ParamSpec`s of a model.
+
+  `embed`, `groups` (one subtree a run of equal layers, `config.groups()`),
+  `experts` (one stack over all MoE layers, in order), `final_norm`, and
+  `lm_head` where the embeddings aren't tied. A product is `x @ w`.
+  """
   c = config
   groups = []
   for kind, n in c.groups():
     layer: dict[str, Any] = {
-      "attention": _attention(c, n),
+      "attention": _latent(c, n) if c.attention == "mla" else _grouped(c, n),
       "mlp_norm": ParamSpec((n, c.d_model), ("layer", "embed")),
     }
     if kind == "moe":
@@ -101,14 +71,118 @@ def describe(config: ModelConfig) -> dict[str, Any]:
       (c.vocab_size, c.d_model), ("vocab", "embed"), c.d_model
     ),
     "groups": groups,
+    "experts": _experts(c),
     "final_norm": ParamSpec((c.d_model,), ("embed",)),
   }
   if not c.tied_embeddings:
     specs["lm_head"] = ParamSpec(
       (c.d_model, c.vocab_size), ("embed", "vocab"), c.d_model
     )
-  cast = lambda s: dataclasses.replace(s, dtype=c.dtype)
+  cast = lambda s: dataclasses.replace(s, dtype=s.dtype or c.dtype)
   return jax.tree.map(cast, specs, is_leaf=is_spec)
+
+
+def _grouped(c: ModelConfig, n: int) -> dict[str, Any]:
+  """Queries, keys and values come out of one product, in this order."""
+  heads = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
+  specs = {"qkv": _matrix(n, c.d_model, heads, "embed", "heads")}
+  if c.attention_bias:
+    specs["qkv_bias"] = _bias(n, heads, "heads")
+  if c.qk_norm != "none":
+    whole = c.qk_norm == "projection"
+    for name, count in (("q_norm", c.n_heads), ("k_norm", c.n_kv_heads)):
+      width = count * c.head_dim if whole else c.head_dim
+      specs[name] = ParamSpec((n, width), ("layer", "heads"))
+  return {**specs, **_around(c, n, c.n_heads * c.head_dim)}
+
+
+def _latent(c: ModelConfig, n: int) -> dict[str, Any]:
+  """Multi-head latent attention; a query head is [not rotated, rotated].
+
+  `k_up` takes a query into the latents' space and `v_up` takes what was
+  attended out of it, so that the cached latents are never expanded.
+  """
+  h, r, heads = c.n_heads, c.kv_rank, c.n_heads * c.query_width
+  down = r + c.rope_dim
+  specs: dict[str, Any] = {
+    "kv_a": _matrix(n, c.d_model, down, "embed", "latent"),
+    "kv_a_norm": ParamSpec((n, r), ("layer", "latent")),
+    "k_up": ParamSpec(
+      (n, h, c.nope_dim, r), ("layer", "heads", "head", "latent"), r
+    ),
+    "v_up": ParamSpec(
+      (n, h, r, c.value_dim), ("layer", "heads", "latent", "head"), r
+    ),
+  }
+  if c.attention_bias:
+    specs["kv_a_bias"] = _bias(n, down, "latent")
+  if c.q_rank:
+    specs["q_a"] = _matrix(n, c.d_model, c.q_rank, "embed", "latent")
+    specs["q_a_norm"] = ParamSpec((n, c.q_rank), ("layer", "latent"))
+    specs["q_b"] = _matrix(n, c.q_rank, heads, "latent", "heads")
+    if c.attention_bias:
+      specs["q_a_bias"] = _bias(n, c.q_rank, "latent")
+  else:
+    specs["q"] = _matrix(n, c.d_model, heads, "embed", "heads")
+  return {**specs, **_around(c, n, h * c.value_dim)}
+
+
+def _around(c: ModelConfig, n: int, out: int) -> dict[str, Any]:
+  """What both kinds of attention have before and after them."""
+  specs = {
+    "norm": ParamSpec((n, c.d_model), ("layer", "embed")),
+    "out": _matrix(n, out, c.d_model, "heads", "embed"),
+  }
+  if c.attention_bias:
+    specs["out_bias"] = _bias(n, c.d_model, "embed")
+  if c.sinks:
+    specs["sinks"] = _bias(n, c.n_heads, "heads")
+  return specs
+
+
+def _matrix(n: int, rows: int, columns: int, *axes: str) -> ParamSpec:
+  return ParamSpec((n, rows, columns), ("layer", *axes), rows)
+
+
+def _bias(n: int, width: int, axis: str, dtype: str = "") -> ParamSpec:
+  return ParamSpec((n, width), ("layer", axis), width, dtype)
+
+
+def _mlp(c: ModelConfig, n: int, width: int) -> dict[str, Any]:
+  """SwiGLU with the gate's and the up projection's columns side by side."""
+  return {
+    "gate_up": _matrix(n, c.d_model, 2 * width, "embed", "mlp"),
+    "down": _matrix(n, width, c.d_model, "mlp", "embed"),
+  }
+
+
+def _moe(c: ModelConfig, n: int) -> dict[str, Any]:
+  """A MoE layer but for its routed experts."""
+  e = c.n_experts
+  moe: dict[str, Any] = {
+    "router": _matrix(n, c.d_model, e, "embed", "logits")
+  }
+  if c.router_bias:
+    moe["router_bias"] = _bias(n, e, "logits")
+  if c.correction_bias:  # smaller than a bfloat16's step: always float32
+    moe["correction_bias"] = _bias(n, e, "logits", "float32")
+  if c.shared_width:
+    moe["shared"] = _mlp(c, n, c.shared_width)
+  return moe
+
+
+def _experts(c: ModelConfig) -> dict[str, Any]:
+  """The routed experts of all MoE layers: what a slot holds of one expert."""
+  n, d, e, f = c.moe_layers, c.d_model, c.n_experts, c.expert_width
+  lead = ("layer", "expert")
+  experts = {
+    "gate_up": ParamSpec((n, e, d, 2 * f), (*lead, "embed", "mlp"), d),
+    "down": ParamSpec((n, e, f, d), (*lead, "mlp", "embed"), f),
+  }
+  if c.expert_bias:
+    experts["gate_up_bias"] = ParamSpec((n, e, 2 * f), (*lead, "mlp"), d)
+    experts["down_bias"] = ParamSpec((n, e, d), (*lead, "embed"), f)
+  return experts
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:

@@ -27,10 +27,12 @@ def pairwise_sum(x: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-  """RMSNorm in float32, cast, then scaled: [N, D], [D] -> [N, D]."""
+  """RMSNorm in float32, cast, then scaled: [..., D], [D] -> [..., D]."""
   y = x.astype(jnp.float32)
   mean = pairwise_sum(y * y)[..., None] / y.shape[-1]
-  return (y * jax.lax.rsqrt(mean + eps)).astype(x.dtype) * scale[None, :]
+  return (y * jax.lax.rsqrt(mean + eps)).astype(x.dtype) * scale.reshape(
+    (1,) * (x.ndim - 1) + scale.shape
+  )
 
 
 def softmax(logits: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from resilient_moe.model.config import ModelConfig, StepOptions
-from resilient_moe.model.experts import KERNELS
+from resilient_moe.model.experts import KERNELS, activation_of
 from resilient_moe.model.layers import attend_layer, combine, run_layers
 from resilient_moe.model.step import (
   attend_cached,
@@ -34,7 +34,7 @@ class Midway(NamedTuple):
   x: jax.Array  # [N, D] residual stream
   h: jax.Array  # [N, D] what the experts see
   chosen: jax.Array  # [N, k] int32 experts
-  gates: jax.Array  # [N, k] their weights
+  gates: jax.Array  # [N, k] float32 their weights
 
 
 def begin(
@@ -54,7 +54,7 @@ def begin(
   if dense:
     x, kv, _ = run_layers(
       config, {"groups": dense}, x, at, masked, attend, _no_exchange,
-      lambda chosen: chosen, options.row_block,
+      lambda _, chosen: chosen, options.row_block,
     )  # fmt: skip
     new.append(kv)
   midway, kv = _attend(
@@ -102,8 +102,9 @@ def finish(
 
 
 def run_experts(
+  config: ModelConfig,
   options: StepOptions,
-  experts: Tree,  # gate_up [L, 1, S, D, 2F], down [L, 1, S, F, D]
+  experts: Tree,  # [L_moe, 1, S, ...], see `params.describe`
   layer: jax.Array,  # [] int32
   rows: jax.Array,  # [M, D], as many as assignments; the rest is padding
   token: jax.Array,  # [M] int32
@@ -112,7 +113,9 @@ def run_experts(
   """An expert rank's part of a layer: [M, D], unsummed."""
   held = jax.tree.map(lambda x: x[:, 0], experts)
   kernel = KERNELS[options.experts]
-  return kernel(held, layer, rows, token, slot, options.expert_block)
+  return kernel(
+    held, layer, rows, token, slot, options.expert_block, activation_of(config)
+  )
 
 
 def _attend(

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resilient_moe.model.attention import attend
+from resilient_moe.model.attention import Reach, attend
 from resilient_moe.model.config import ModelConfig, StepOptions
 from resilient_moe.model.dispatch import AXIS, make_exchange
+from resilient_moe.model.experts import activation_of
 from resilient_moe.model.forward import unembed
 from resilient_moe.model.layers import Attend, run_layers
 from resilient_moe.model.sampling import sample
@@ -25,14 +26,17 @@ CHUNK_FIELDS = 5  # start, length, row, seed, temperature
 
 
 def cache_shape(config: ModelConfig, options: StepOptions) -> tuple[int, ...]:
-  """KV cache of one rank, [L, 1, B, 2K, T, d]; axis 1 is the rank axis.
+  """KV cache of one rank, [L, 1, B, heads, T, w]; axis 1 is the rank axis.
+
+  `heads` and `w` are the config's `kv_heads` and `kv_width`: 2K heads of keys
+  and values, [2K, d], or one latent. Docstrings say [2K, d] for either.
 
   Head-major slots: `jax_facts.md` has them 4 times faster than token-major,
   and a contiguous slot 2 times faster than gathered pages at context 256.
   """
   return (
-    config.n_layers, 1, options.rows, 2 * config.n_kv_heads,
-    options.cache_len, config.head_dim,
+    config.n_layers, 1, options.rows, config.kv_heads, options.cache_len,
+    config.kv_width,
   )  # fmt: skip
 
 
@@ -109,7 +113,8 @@ def rank_step(
   rows, chunk = unpack(options, ints[0])
   tokens, live, at = lanes(rows, chunk)
 
-  def to_slots(chosen: jax.Array) -> jax.Array:
+  def to_slots(layer: jax.Array, chosen: jax.Array) -> jax.Array:
+    del layer  # a slot holds its expert's weights of all layers
     me = jax.lax.axis_index(AXIS)
     token = jnp.arange(chosen.shape[0], dtype=jnp.int32)
     copies = jnp.maximum(routing["copies"][chosen], 1)
@@ -120,7 +125,8 @@ def rank_step(
   x, delta, _ = run_layers(
     config, _squeeze_experts(params), params["embed"][tokens], at,
     routing["masked"], attend_cached(options, cache[:, 0], rows, chunk),
-    make_exchange(options, n_ranks), to_slots, options.row_block,
+    make_exchange(options, n_ranks, activation_of(config)), to_slots,
+    options.row_block,
   )  # fmt: skip
   sampled = sample_lanes(config, options, params, x, rows, chunk)
   return delta[:, None], sampled[None]
@@ -162,13 +168,8 @@ def sample_lanes(
 
 def _squeeze_experts(params: Tree) -> Tree:
   """Drops the rank axis of the expert stacks, [L, 1, S, ...]."""
-  groups = []
-  for group in params["groups"]:
-    if "moe" in group:
-      experts = jax.tree.map(lambda x: x[:, 0], group["moe"]["experts"])
-      group = {**group, "moe": {**group["moe"], "experts": experts}}
-    groups.append(group)
-  return {**params, "groups": groups}
+  experts = jax.tree.map(lambda x: x[:, 0], params["experts"])
+  return {**params, "experts": experts}
 
 
 def attend_cached(
@@ -182,7 +183,7 @@ def attend_cached(
   length = (position >= 0).astype(jnp.int32)
 
   def attend_step(
-    layer: jax.Array, q: jax.Array, kv: jax.Array
+    layer: jax.Array, q: jax.Array, kv: jax.Array, reach: Reach
   ) -> jax.Array:
     def slot_block(j: jax.Array) -> jax.Array:
       index = (layer, 0, 0, j * size, 0)
@@ -195,13 +196,13 @@ def attend_cached(
       return jax.lax.dynamic_slice(cache, index, shape)[0]
 
     out = attend(
-      q[:b, None], kv[:b, None], start, length, slot_block, options
+      q[:b, None], kv[:b, None], start, length, slot_block, options, reach
     )[:, 0]
     if q.shape[0] == b:
       return out
     wide = attend(
       q[None, b:], kv[None, b:], chunk["start"][None],
-      chunk["length"][None], chunk_block, options,
+      chunk["length"][None], chunk_block, options, reach,
     )[0]  # fmt: skip
     return jnp.concatenate([out, wide])
 

@@ -11,7 +11,6 @@ import numpy as np
 from resilient_moe.faults import Injector
 from resilient_moe.mesh.executables import Executables
 from resilient_moe.mesh.programs import InstanceShape
-from resilient_moe.model.checkpoint import read_config
 from resilient_moe.model.config import ModelConfig, StepOptions
 from resilient_moe.model.params import expert_bytes
 from resilient_moe.model.step import cache_shape, request_kv_shape
@@ -25,6 +24,7 @@ from resilient_moe.recovery.checks import request_ranks
 from resilient_moe.recovery.opening import Restarted, opening
 from resilient_moe.report import Recorder
 from resilient_moe.runtime.case import Case, make_policy
+from resilient_moe.runtime.checkpoints import read_config
 from resilient_moe.runtime.device_store import DeviceStore
 from resilient_moe.runtime.emulated import EmulatedBackend
 from resilient_moe.runtime.execute import canary
@@ -68,7 +68,7 @@ class Plans:
 
 def plan_instance(case: Case, fresh: Fresh) -> Plans:
   """The policy's standing reserve and the shapes that follow from it."""
-  config = read_config(case.checkpoint)
+  config = read_config(case.checkpoint, case.dtype)
   options = StepOptions(**case.options)
   policy = make_policy(case)
   numbers = int(np.prod(cache_shape(config, options)))
@@ -103,7 +103,9 @@ def assemble(
 ) -> EmulatedBackend:
   """An engine ready to serve; each stage is recorded with its seconds."""
   stage = stages_of(recorder, fresh.generation)
-  weights = WeightTiers(pathlib.Path(case.checkpoint))
+  weights = WeightTiers(
+    case.checkpoint, case.dtype, plans.standing.host_weights
+  )
   stage.done("weights")
   folder = store_folder(case, plans, fresh, scratch)
   logical = case.runtime == "logical"
@@ -120,9 +122,9 @@ def assemble(
   store = make(plans.shape, devices, executables)
   for rank in np.flatnonzero(plans.view.alive()).tolist():
     held = plans.view.slots[rank].tolist()
-    trees = [weights.expert(e) if e >= 0 else None for e in held]
-    store.add(rank, weights.dense, trees)
+    store.add(rank, weights.dense, weights.slots(held))
   store.wait()
+  weights.filled()
   stage.done("placing")
   backend = _backend(
     case, plans, fresh, store, weights, readiness, recorder
@@ -181,8 +183,6 @@ def _backend(
   recorder: Recorder,
 ) -> EmulatedBackend:
   standing = plans.standing
-  if not standing.host_weights:
-    weights.drop_host_copy()
   checkpointer = make_checkpointer(plans, recorder)
   return EmulatedBackend(
     plans.view, standing, store, weights, checkpointer, readiness,

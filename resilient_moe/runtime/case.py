@@ -45,6 +45,7 @@ class Case:
   # fields of `split.options.ExchangeOptions`
   sim: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # fields of `experiments.simulated.SimOptions`
+  dtype: str = ""  # of the weights; "": as the checkpoint says
 
   def __post_init__(self) -> None:
     for name, choices in (("runtime", RUNTIMES), ("deployment", DEPLOYMENTS)):

@@ -10,7 +10,7 @@ deletion of one rank's arrays, and a new mesh is a new list of the others.
 `jax_facts.md`, "Traps".)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -63,14 +63,17 @@ class DeviceStore:
   # -- contents of a rank
 
   def add(
-    self, rank: int, dense: Tree, slots: Sequence[Tree | None]
+    self, rank: int, dense: Tree, slots: Iterable[Tree | None]
   ) -> None:
     """Fills a rank: dense weights, and an expert's tree for each slot."""
     device = self.devices[rank]
+    programs = self.executables.rank_programs(device)
+    self._programs[rank] = programs
     self._dense[rank] = put_dense(dense, device)
-    self._experts[rank] = put_experts(self.shape, slots, device)
+    self._experts[rank] = put_experts(
+      self.shape, slots, device, programs["write_slot"]
+    )
     self._cache[rank] = put_cache(self.shape, device)
-    self._programs[rank] = self.executables.rank_programs(device)
     self._lost.discard(rank)
     self._bound = None
 

@@ -3,8 +3,8 @@
 import dataclasses
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 
@@ -22,6 +22,18 @@ from resilient_moe.serving.workload import decode, encode
 Prompt = str | Sequence[int]
 
 
+class Tokenizer(Protocol):
+  """What turns text into a model's tokens and back (`rm.Tokenizer`)."""
+
+  stop: tuple[int, ...]  # tokens that end an answer
+
+  def encode(self, text: str) -> tuple[int, ...]:
+    """Tokens of a text."""
+
+  def decode(self, tokens: Iterable[int]) -> str:
+    """Text of some tokens."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Generation:
   """One answer."""
@@ -29,11 +41,14 @@ class Generation:
   prompt_tokens: tuple[int, ...]
   output_tokens: tuple[int, ...]
   finish_reason: str  # length, stop, or why it failed
+  decoder: Callable[[Iterable[int]], str] = dataclasses.field(
+    default=decode, repr=False, compare=False
+  )
 
   @property
   def text(self) -> str:
-    """The output of a byte-level model as text."""
-    return decode(self.output_tokens)
+    """The output as text, by the tokenizer or as bytes."""
+    return self.decoder(self.output_tokens)
 
 
 def generate(
@@ -47,7 +62,8 @@ def generate(
   faults: Sequence[Mapping[str, Any]] = (),
   temperature: float = 0.0,
   seed: int = 0,
-  stop: Sequence[int] = (),
+  stop: Sequence[int] | None = None,
+  tokenizer: Tokenizer | None = None,
   policy_kwargs: Mapping[str, Any] | None = None,
   options: Mapping[str, Any] | None = None,
 ) -> list[Generation]:
@@ -58,15 +74,18 @@ def generate(
 
   Args:
     config: the model.
-    params: its parameters (`init_params`, `load_checkpoint`).
-    prompts: token ids, or text for a byte-level model.
+    params: its parameters (`init_params`, `load_checkpoint`,
+      `load_huggingface`).
+    prompts: token ids, or text: for the tokenizer, or a byte-level model.
     max_new_tokens: how many tokens each answer may have.
     ranks: expert-parallel size.
     policy: a recovery policy's name or dotted path.
     faults: e.g. `{"kind": "rank_lost", "ranks": [3], "at_step": 20}`.
     temperature: 0 is greedy.
     seed: of the first prompt's sampling; each further one adds 1.
-    stop: token ids that end an answer.
+    stop: token ids that end an answer; None: those that the tokenizer names,
+      or none.
+    tokenizer: of the checkpoint, `rm.Tokenizer(path)`; None: a token is a byte.
     policy_kwargs: keywords of the policy.
     options: fields of `StepOptions`.
 
@@ -77,7 +96,12 @@ def generate(
     ValueError: bad input; names the value, the limit and the choices.
     RunFailed: the policy could not recover.
   """
-  requests = _requests(prompts, max_new_tokens, temperature, seed, stop)
+  if stop is None:
+    stop = tokenizer.stop if tokenizer else ()
+  to_tokens = tokenizer.encode if tokenizer else encode
+  requests = _requests(
+    prompts, to_tokens, max_new_tokens, temperature, seed, stop
+  )
   used = _options(requests, ranks, options or {})
   for r in requests:
     reason = refusal(r, used["max_len"], config.vocab_size)
@@ -97,11 +121,12 @@ def generate(
       case, faults=parse_schedule([dict(f) for f in faults], n)
     )
     events = _events(case, pathlib.Path(scratch) / "run", emulated)
-  return _answers(requests, events)
+  return _answers(requests, events, tokenizer.decode if tokenizer else decode)
 
 
 def _requests(
   prompts: Sequence[Prompt],
+  to_tokens: Callable[[str], tuple[int, ...]],
   max_new_tokens: int,
   temperature: float,
   seed: int,
@@ -110,7 +135,7 @@ def _requests(
   if isinstance(prompts, str):
     raise ValueError("prompts is one string; give a list of prompts")
   tokens = [
-    encode(p) if isinstance(p, str) else tuple(int(t) for t in p)
+    to_tokens(p) if isinstance(p, str) else tuple(int(t) for t in p)
     for p in prompts
   ]
   return tuple(
@@ -141,8 +166,9 @@ def _events(case: Case, folder: pathlib.Path, emulated: bool) -> list[Event]:
 
 
 def _answers(
-  requests: tuple[Request, ...], events: list[Event]
-) -> list[Generation]:
+  requests: tuple[Request, ...], events: list[Event],
+  to_text: Callable[[Iterable[int]], str],
+) -> list[Generation]:  # fmt: skip
   """Each prompt's answer; a retried one's is its last attempt's."""
   tokens: dict[str, list[int]] = {}
   reasons: dict[str, str] = {}
@@ -158,6 +184,7 @@ def _answers(
     attempts = [n for n in reasons if n.partition("~")[0] == root]
     last = attempts[-1] if attempts else root
     answers.append(Generation(
-      request.prompt, tuple(tokens.get(last, ())), reasons.get(last, "lost")
+      request.prompt, tuple(tokens.get(last, ())), reasons.get(last, "lost"),
+      to_text,
     ))  # fmt: skip
   return answers

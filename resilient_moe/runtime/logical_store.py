@@ -6,7 +6,7 @@ it shows; the next mesh is stacked anew from the survivors' slices.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -76,7 +76,7 @@ class LogicalStore:
   # -- contents of a rank
 
   def add(
-    self, rank: int, dense: Tree, slots: Sequence[Tree | None]
+    self, rank: int, dense: Tree, slots: Iterable[Tree | None]
   ) -> None:
     put = lambda x: jax.device_put(jnp.asarray(x), self.devices[0])
     if not self._dense:

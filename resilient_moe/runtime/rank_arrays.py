@@ -1,6 +1,6 @@
 """What one rank's arrays are, and how one row or slot of them is touched."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -21,17 +21,23 @@ def put_dense(dense: Tree, device: jax.Device) -> Tree:
 
 
 def put_experts(
-  shape: InstanceShape, slots: Sequence[Tree | None], device: jax.Device
-) -> Tree:
-  """Stacks [L, 1, S, ...] of an expert's tree for each slot; None: zeros."""
-  empty = jax.tree.map(
-    lambda s: np.zeros((s.shape[0], *s.shape[3:]), s.dtype),
+  shape: InstanceShape, slots: Iterable[Tree | None], device: jax.Device,
+  program: Program,
+) -> Tree:  # fmt: skip
+  """Stacks [L, 1, S, ...] of an expert's tree for each slot; None: zeros.
+
+  Slot by slot, by the program that writes one: `slots` may read each expert
+  when it is asked for, and no more than one is held besides the stacks.
+  """
+  experts = jax.tree.map(
+    lambda s: jax.device_put(np.zeros(s.shape, s.dtype), device),
     expert_shapes(shape, 1),
   )
-  put = lambda x: jax.device_put(jnp.asarray(x), device)
-  stack = lambda *x: put(np.stack(x, axis=1)[:, None])
-  filled = [empty if tree is None else tree for tree in slots]
-  return jax.tree.map(stack, *filled)
+  for slot, tree in enumerate(slots):
+    if tree is not None:
+      experts = write_slot(experts, program, slot, tree, device)
+      jax.block_until_ready(experts)  # before the next is read
+  return experts
 
 
 def put_cache(shape: InstanceShape, device: jax.Device) -> jax.Array:

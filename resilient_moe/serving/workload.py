@@ -1,7 +1,8 @@
 """Workloads: real text prompts, and requests that arrive over time.
 
 The text is what every Python carries (`pydoc_data.topics`), so nothing is
-downloaded. A token is a byte; byte 0 begins a document and so every prompt.
+downloaded. For our own models a token is a byte; byte 0 begins a document and
+so every prompt. Others come with a tokenizer, or get tokens drawn at random.
 Text differs a little between Python versions: runs are compared within one.
 """
 
@@ -9,7 +10,7 @@ import hashlib
 import itertools
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pydoc_data import topics as pydoc_topics
 
 from resilient_moe.serving.request import Request
@@ -18,7 +19,12 @@ VOCABULARY = 256
 BOS = 0  # begins a document; no text holds it
 ARRIVALS = ("steps", "poisson")
 
+Tokens = tuple[int, ...]
+# (count, seed, least and most tokens of a prompt) -> prompts
+PromptSource = Callable[[int, int, tuple[int, int]], list[Tokens]]
+
 _SENTENCE = re.compile(rb"(?:[.:]\s+|\n\n)([A-Z][a-z]* )")
+_BYTES_A_TOKEN = 8  # more than tokenizers need for English
 _TRIES = 100  # draws a prompt; only a range of a few tokens needs many
 
 
@@ -89,6 +95,55 @@ def text_prompts(
   return prompts
 
 
+def byte_prompts(
+  count: int, seed: int, prompt_tokens: tuple[int, int]
+) -> list[Tokens]:
+  """Text for a byte-level model."""
+  return [encode(text) for text in text_prompts(count, seed, prompt_tokens)]
+
+
+def tokenized_prompts(to_tokens: Callable[[str], Tokens]) -> PromptSource:
+  """The same text through a tokenizer, each prompt cut at its length."""
+
+  def source(
+    count: int, seed: int, prompt_tokens: tuple[int, int]
+  ) -> list[Tokens]:
+    _check_range("prompt_tokens", prompt_tokens, least=1)
+    text, starts = _held_out_text()
+    rng = random.Random(f"prompts/{seed}")
+    rng.shuffle(starts)
+    prompts: list[Tokens] = []
+    for start in itertools.islice(itertools.cycle(starts), count):
+      length = rng.randint(*prompt_tokens)
+      passage = _BYTES_A_TOKEN * length
+      tokens: Tokens = ()
+      while len(tokens) < length:
+        if start + passage > len(text):
+          start, text = start % len(text), text + text
+        piece = text[start : start + passage].decode("utf-8", "ignore")
+        tokens, passage = to_tokens(piece)[:length], 2 * passage
+      prompts.append(tokens)
+    return prompts
+
+  return source
+
+
+def random_prompts(vocab_size: int) -> PromptSource:
+  """Tokens drawn at random, for a model that has no tokenizer with it."""
+
+  def source(
+    count: int, seed: int, prompt_tokens: tuple[int, int]
+  ) -> list[Tokens]:
+    _check_range("prompt_tokens", prompt_tokens, least=1)
+    rng = random.Random(f"prompts/{seed}")
+    return [
+      tuple(rng.randrange(vocab_size) for _ in range(rng.randint(*bounds)))
+      for bounds in [prompt_tokens] * count
+    ]
+
+  return source
+
+
 def make_requests(
   *,
   count: int,
@@ -98,6 +153,7 @@ def make_requests(
   arrivals: str = "steps",
   rate: float | None = None,
   seed: int = 0,
+  prompts: PromptSource = byte_prompts,
 ) -> tuple[Request, ...]:
   """Requests with text prompts; keyword arguments as in a config.
 
@@ -110,6 +166,7 @@ def make_requests(
       machine) or `poisson` (at random, in seconds).
     rate: requests a step, or a second; without one all are there at once.
     seed: equal seeds give equal requests.
+    prompts: where they come from (not of a config: the model decides).
 
   Returns:
     The requests, in order of arrival.
@@ -122,11 +179,10 @@ def make_requests(
     )
   if rate is not None and not rate > 0:
     raise ValueError(f"rate is {rate}; needed is a number above 0, or None")
-  prompts = text_prompts(count, seed, prompt_tokens)
   rng = random.Random(f"requests/{seed}")
   now_s = 0.0
   requests = []
-  for index, prompt in enumerate(prompts):
+  for index, prompt in enumerate(prompts(count, seed, prompt_tokens)):
     step, at_s = None, None
     if arrivals == "steps":
       step = int(index / rate) if rate else 0
@@ -136,7 +192,7 @@ def make_requests(
     requests.append(
       Request(
         request_id=f"r{index:04d}",
-        prompt=encode(prompt),
+        prompt=prompt,
         max_new_tokens=rng.randint(*new_tokens),
         seed=rng.getrandbits(31),
         temperature=rng.choice(tuple(temperatures)),

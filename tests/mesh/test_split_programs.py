@@ -70,10 +70,8 @@ def test_bits_are_those_of_the_whole_step(chunk, dense_first):
   delta, tokens = whole(params, cache, routing, ints)
   ready = compiled(split_programs.lower_attention_programs, shape)
   ready |= compiled(split_programs.lower_expert_programs, shape)
-  *rest, last = params["groups"]
-  experts = last["moe"]["experts"]
-  moe = {k: v for k, v in last["moe"].items() if k != "experts"}
-  dense = {**params, "groups": [*rest, {**last, "moe": moe}]}
+  dense = {name: value for name, value in params.items() if name != "experts"}
+  experts = params["experts"]
   got, said = split_step(shape, ready, dense, cache, ints, chunk, experts)
   lanes = [0, *range(2, 7)] if chunk else [0, 1]
   np.testing.assert_array_equal(

@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 
 from resilient_moe.model import ModelConfig, StepOptions
-from resilient_moe.model.attention import (
-  attend,
-  attend_plain,
-  rope,
-  split_heads,
-)
+from resilient_moe.model.attention import attend, attend_plain
+from resilient_moe.model.projections import queries_and_kv
+from resilient_moe.model.rope import rope
 from tests.model.harness import fast_jit
 
 HEADS, KV_HEADS, D = 4, 2, 8
@@ -133,19 +130,20 @@ def test_rope_rotates_halves(rng):
   angle = at[:, None] * 100.0 ** (-np.arange(half) / half)
   turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[:, None]
   want = np.concatenate([turned.real, turned.imag], axis=-1)
-  got = fast_jit(rope)(x, at, 100.0)
+  config = ModelConfig(head_dim=D, rope_theta=100.0)
+  got = fast_jit(lambda x: rope(x, jnp.asarray(at), config))(x)
   np.testing.assert_allclose(got, want, atol=2e-4)
 
 
-def test_split_heads_scales_queries_and_leaves_values(rng):
+def test_queries_are_scaled_and_values_left(rng):
   c = ModelConfig(n_heads=HEADS, n_kv_heads=KV_HEADS, head_dim=D)
-  qkv = draw(rng, 5, (HEADS + 2 * KV_HEADS) * D)
+  h = draw(rng, 5, 16)
+  w = {"qkv": draw(rng, 16, (HEADS + 2 * KV_HEADS) * D)}
   at = jnp.arange(5, dtype=jnp.int32)
-  q, kv = fast_jit(lambda x: split_heads(c, x, at))(qkv)
-  heads = jnp.asarray(qkv.reshape(5, -1, D))
-  turned = fast_jit(rope)(heads, at, c.rope_theta)
-  np.testing.assert_allclose(q, turned[:, :HEADS] / np.sqrt(D), atol=1e-6)
-  np.testing.assert_allclose(
-    kv[:, :KV_HEADS], turned[:, HEADS : HEADS + KV_HEADS], atol=1e-6
-  )
-  np.testing.assert_array_equal(kv[:, KV_HEADS:], heads[:, HEADS + KV_HEADS :])
+  q, kv = fast_jit(lambda h: queries_and_kv(c, w, h, at))(h)
+  heads = (h @ w["qkv"]).reshape(5, -1, D)
+  turned = fast_jit(lambda x: rope(x, at, c))(heads)
+  close = functools.partial(np.testing.assert_allclose, atol=1e-5)
+  close(q, turned[:, :HEADS] / np.sqrt(D))
+  close(kv[:, :KV_HEADS], turned[:, HEADS : HEADS + KV_HEADS])
+  close(kv[:, KV_HEADS:], heads[:, HEADS + KV_HEADS :])

@@ -45,7 +45,7 @@ def test_host_tree_has_each_expert_by_itself(saved):
   assert sorted(tree["experts"]) == [f"{e:03d}" for e in range(7)]
   leaves = jax.tree.leaves(tree)
   assert all(isinstance(x, np.ndarray) for x in leaves)
-  assert_equal(ckpt.join_experts(OTHER, tree), tiny_params(OTHER))
+  assert_equal(ckpt.join_experts(tree), tiny_params(OTHER))
 
 
 def test_bfloat16_on_disk_comes_back_as_the_config_says(tmp_path, saved):
@@ -61,11 +61,11 @@ def test_bfloat16_on_disk_comes_back_as_the_config_says(tmp_path, saved):
 
 
 def test_experts_come_alone(saved, monkeypatch):
-  experts = tiny_params(OTHER)["groups"][-1]["moe"]["experts"]
+  experts = tiny_params(OTHER)["experts"]
   asked = []
   restore = ckpt._restore
   monkeypatch.setattr(
-    ckpt, "_restore", lambda f, w, c: asked.append(w) or restore(f, w, c)
+    ckpt, "_restore", lambda f, w: asked.append(w) or restore(f, w)
   )
   got = ckpt.load_experts(saved, OTHER, [5, 2])
   assert list(got) == [5, 2]

@@ -62,9 +62,13 @@ def wide(tree, layer=None):
 
 def reference(c: ModelConfig, params, tokens):
   x = wide(params["embed"])[tokens]
+  moe = 0
   for group in params["groups"]:
     for layer in range(len(group["mlp_norm"])):
       w = wide(group, layer)
+      if "moe" in w:
+        w["moe"]["experts"] = wide(params["experts"], moe)
+        moe += 1
       x = x + attention(c, x, w["attention"])
       h = norm(x, w["mlp_norm"], c.norm_eps)
       x = x + (experts(c, h, w["moe"]) if "moe" in w else swiglu(h, w["mlp"]))

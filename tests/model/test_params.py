@@ -70,7 +70,7 @@ def test_initial_values_have_their_scale():
   layer = describe(BASE)["groups"][0]
   key = jax.random.key(1)
   np.testing.assert_array_equal(_initial(layer["mlp_norm"], key), 1)
-  spec = layer["moe"]["experts"]["down"]
+  spec = describe(BASE)["experts"]["down"]
   assert spec.fan_in == BASE.expert_width
   down = _initial(spec, key)
   assert float(jnp.std(down)) == pytest.approx(20**-0.5, rel=0.05)

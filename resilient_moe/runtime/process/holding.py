@@ -33,7 +33,7 @@ class Holding:
     self._reached, self._spans = reached, spans
     self._lock = threading.Lock()  # of the experts' arrays
     self._experts: ExpertRank | None = None
-    self._structure = jax.tree.structure(weights.expert(0))
+    self._structure = weights.structure
     self.desk = Desk(
       host, authkey, self._compute, setup.exchange.gathering(), self._on_batch
     )
@@ -43,7 +43,7 @@ class Holding:
     slots: Sequence[int],
   ) -> None:  # fmt: skip
     """Takes these experts over, one a slot; -1: empty."""
-    held = [self._weights.expert(e) if e >= 0 else None for e in slots]
+    held = self._weights.slots(slots)
     experts = ExpertRank(setup.shape, device, programs, held, slots)
     experts.warm()
     self._experts = experts

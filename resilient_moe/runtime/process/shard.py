@@ -4,7 +4,6 @@ The public methods are what the supervisor's calls name (`wire.Call`), but for
 `abort` and `shut`: those are for the thread that listens to its control.
 """
 
-import pathlib
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -64,7 +63,9 @@ class Shard:
       r: private.local_devices(n) for r, n in setup.numbers.items()
     }
     stages.done("join")
-    self.weights = WeightTiers(pathlib.Path(setup.checkpoint))
+    self.weights = WeightTiers(
+      setup.checkpoint, setup.shape.config.dtype, setup.host_weights
+    )
     stages.done("weights")
     self._connections = private.Connections()
     self._clients: dict[Address, DataClient] = {}
@@ -76,8 +77,7 @@ class Shard:
     stages.done("placing")
     self._serve_data()
     responder = Responder.start(host, setup.probes)
-    if not setup.host_weights:
-      self.weights.drop_host_copy()
+    self.weights.filled()
     self.up = Up(
       self._server.address, responder.port, responder.native,
       tree_bytes(self.weights.dense),
@@ -96,9 +96,8 @@ class Shard:
       self._device(r) if r in self._locals else own for r in range(size)
     ]
     self.store = DeviceStore(setup.shape, devices, executables)
-    trees = [self.weights.expert(e) if e >= 0 else None for e in setup.slots]
-    self._template = self.weights.expert(0)
-    self.store.add(self._rank, self.weights.dense, trees)
+    held = self.weights.slots(setup.slots)
+    self.store.add(self._rank, self.weights.dense, held)
     self.store.warm_rank_programs()
 
   def _device(self, rank: int) -> jax.Device:
@@ -211,7 +210,7 @@ class Shard:
     elif tier == Tier.PEER:
       assert source is not None
       leaves = self._client(source[0]).pull("slot", source[1])
-      tree = jax.tree.unflatten(jax.tree.structure(self._template), leaves)
+      tree = jax.tree.unflatten(self.weights.structure, leaves)
     else:
       move = Move(expert, self._rank, slot)
       tree = self.weights.read([move], Tier(tier), _no_peer)[expert]

@@ -6,7 +6,6 @@ a step waits. No collective: nobody's programs know of another worker.
 """
 
 import os
-import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -68,7 +67,9 @@ class SplitShard:
     self._compiles = Compiles()
     self._device = jax.local_devices()[0]
     stages.done("devices")
-    self.weights = WeightTiers(pathlib.Path(setup.checkpoint))
+    self.weights = WeightTiers(
+      setup.checkpoint, setup.shape.config.dtype, setup.host_weights
+    )
     stages.done("weights")
     self._executables = Executables(setup.shape, setup.store)
     while not all(map(self._executables.has_programs, FAMILIES)):
@@ -89,8 +90,7 @@ class SplitShard:
     self._take_role(setup.role, setup.slots)
     stages.done("placing")
     responder = Responder.start(host, setup.probes)
-    if not setup.host_weights:
-      self.weights.drop_host_copy()
+    self.weights.filled()
     self.up = Up(
       self._server.address, responder.port, responder.native,
       tree_bytes(self.weights.dense), self.weights.host_bytes, seconds,

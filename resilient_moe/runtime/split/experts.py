@@ -1,6 +1,6 @@
 """What an expert rank (EW) holds, and what it computes for a parcel."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ class ExpertRank:
 
   def __init__(
     self, shape: InstanceShape, device: jax.Device,
-    programs: Mapping[str, Any], slots: Sequence[Tree | None],
+    programs: Mapping[str, Any], slots: Iterable[Tree | None],
     held: Sequence[int],
   ) -> None:  # fmt: skip
     """`held`: the expert in each slot, whose weights are `slots`; -1: none."""
@@ -36,7 +36,9 @@ class ExpertRank:
     self.device = device
     self._programs = programs
     self._sizes = buckets(shape)
-    self._experts = rank_arrays.put_experts(shape, slots, device)
+    self._experts = rank_arrays.put_experts(
+      shape, slots, device, programs["write_slot"]
+    )
     # Parcels name experts, so that a table that is out of date can't make
     # this rank compute with what a slot holds by now.
     self._held = np.array(held, np.int32)

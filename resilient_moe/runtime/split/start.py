@@ -38,7 +38,9 @@ def assemble(
 ) -> SplitEmulated:
   """An engine ready to serve; each stage is recorded with its seconds."""
   stage = stages_of(recorder, fresh.generation)
-  weights = WeightTiers(pathlib.Path(case.checkpoint))
+  weights = WeightTiers(
+    case.checkpoint, case.dtype, plans.standing.host_weights
+  )
   stage.done("weights")
   folder = store_folder(case, plans, fresh, scratch)
   executables = Executables(plans.shape, folder)
@@ -55,9 +57,8 @@ def assemble(
     held = view.slots[rank].tolist()
     store.add(rank, weights, held, Role(view.role[rank]))
   store.wait()
+  weights.filled()
   stage.done("placing")
-  if not plans.standing.host_weights:
-    weights.drop_host_copy()
   backend = SplitEmulated(
     view, plans.standing, store, weights, make_checkpointer(plans, recorder),
     Readiness(executables, folder, len(devices), recorder.write),

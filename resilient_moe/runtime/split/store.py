@@ -69,9 +69,8 @@ class SplitStore:
       if self._routes is not None:
         self._connect(rank)
     else:
-      slots = [weights.expert(e) if e >= 0 else None for e in held]
       self._experts[rank] = ExpertRank(
-        self.shape, device, programs, slots, held
+        self.shape, device, programs, weights.slots(held), held
       )
 
   def lose(self, rank: int) -> None:
