@@ -87,18 +87,23 @@ def merge(
   if len(parcels) == 1:
     _, rows, token, slot = parcels[0]
     return rows, token, slot, []
-  kinds = {(p.layer, p.rows.shape[1], p.rows.dtype) for p in parcels}
-  if len(kinds) != 1:
+  kinds = [(p.layer, p.rows.shape[1], p.rows.dtype) for p in parcels]
+  if any(kind != kinds[0] for kind in kinds):
     raise ValueError(
-      f"parcels of one batch differ in (layer, width, dtype): {kinds}"
+      f"parcels of one batch differ in (layer, width, dtype): {set(kinds)}"
     )
-  starts = np.cumsum([0, *(len(p.rows) for p in parcels)])
-  moved = [p.token + start for p, start in zip(parcels, starts, strict=False)]
+  # Once a layer and EW, for a few rows: Python's sums are the fast ones.
+  tokens, ends, rows, assignments = [], [], 0, 0
+  for p in parcels:
+    tokens.append(p.token + np.int32(rows))
+    rows += len(p.rows)
+    assignments += len(p.token)
+    ends.append(assignments)
   return (
     np.concatenate([p.rows for p in parcels]),
-    np.concatenate(moved).astype(np.int32),
+    np.concatenate(tokens),
     np.concatenate([p.slot for p in parcels]),
-    np.cumsum([len(p.token) for p in parcels])[:-1].tolist(),
+    ends[:-1],
   )
 
 

@@ -89,15 +89,20 @@ def _surplus(
   serves = np.zeros(view.slots.shape, bool)
   serves[entries[:, 0], entries[:, 1]] = True
   serves, used = serves[ranks], np.zeros(grid.shape, bool)
+  taken = np.zeros(len(ranks), np.int64)
   places: list[tuple[int, int]] = []
   while len(places) < n and copies.max() > 1:
-    expert = int(copies.argmax())
-    position, slot = np.nonzero((grid == expert) & ~used)
-    # A shadow before a copy that serves; then from the busiest rank.
-    best = np.lexsort((-served[position], serves[position, slot]))[0]
-    places.append((int(position[best]), int(slot[best])))
-    used[places[-1]] = True
-    copies[expert] -= 1
+    spare = (grid >= 0) & ~used & (copies[grid] == copies.max())
+    position, slot = np.nonzero(spare)
+    # A shadow before a copy that serves; then ranks in turn, so that they
+    # load side by side, the busiest first.
+    order = (-served[position], taken[position], serves[position, slot])
+    best = np.lexsort(order)[0]
+    place = int(position[best]), int(slot[best])
+    places.append(place)
+    used[place] = True
+    taken[place[0]] += 1
+    copies[grid[place]] -= 1
   return places
 
 

@@ -15,6 +15,7 @@ from resilient_moe.runtime.emulated import EmulatedBackend
 from resilient_moe.runtime.execute import Mesh
 from resilient_moe.runtime.instance import packed
 from resilient_moe.runtime.split.attention import Step
+from resilient_moe.runtime.split.inline import Hook
 from resilient_moe.runtime.split.store import SplitStore
 from resilient_moe.runtime.split.strikes import Strikes
 from resilient_moe.runtime.split.tables import routes_of
@@ -87,7 +88,9 @@ class SplitEmulated(EmulatedBackend):
 
   def _asked(self, batch: StepBatch) -> Asked:
     (rank,) = batch.mesh
-    hook = functools.partial(self._reached, rank)
+    hook: Hook = _nothing  # it is called some 70 times a round
+    if self._strikes.waiting:
+      hook = functools.partial(self._reached, rank)
     return Asked(rank, batch.width, packed(batch), hook)
 
   def _counts(
