@@ -55,7 +55,7 @@ def deepep() -> list[Row]:
   return rows
 
 
-def cloudmatrix(ranks: int = 32, prompt: int = 4_096) -> list[Row]:
+def cloudmatrix(ranks: int, prompt: int) -> list[Row]:
   """Prefill throughput of a package, every rank busy with whole prompts."""
   base = device("ascend-910c")
   view = start(
@@ -76,6 +76,6 @@ def cloudmatrix(ranks: int = 32, prompt: int = 4_096) -> list[Row]:
   ]  # fmt: skip
 
 
-def compose() -> list[Row]:
-  """Its rows."""
-  return deepep() + cloudmatrix()
+def compose(ranks: int = 32, prompt: int = 4_096) -> list[Row]:
+  """Both; `ranks` and `prompt` of the prefill step."""
+  return deepep() + cloudmatrix(ranks, prompt)
