@@ -164,7 +164,9 @@ class SimulatedBackend:
       # A loop that is busy goes on at once, unless it waits for a step.
       if wait_s or still or self.case.by_step:
         self.clock.step()
-      while self.case.by_step and not self._ended:
+      # One mesh: nothing is done beside its step, as nothing is for real.
+      whole = self.case.by_step or not self.facts.disaggregated
+      while whole and not self._ended:
         self.clock.step()
     self._seen_s = self.clock.now()
     ended, self._ended = self._ended, []

@@ -19,9 +19,10 @@ from resilient_moe import recovery as rm
 from resilient_moe.runtime.case import Case
 from resilient_moe.serving import recover
 from tests.runtime.watch import differences, world
-from tests.sim.still import STILL, simulate
+from tests.sim.still import Fixed, simulate
 
 Event = dict[str, Any]
+QUICK = Fixed(step=1e-4)  # no deadline passes before it is kept
 # What a simulation tells of in another way, or not at all: how an engine
 # starts, what was compiled where, what went over links.
 LEFT_OUT = {
@@ -77,7 +78,7 @@ def unlike(case: Case, events: list[Event], seen: Seen) -> list[str]:
   """Where the same case, simulated, is another story; [] if nowhere."""
   real_views = seen.take()
   made = dataclasses.replace(simulated_case(case), by_step=True)
-  ours = projected(list(simulate(made, STILL)))
+  ours = projected(list(simulate(made, QUICK)))
   theirs = projected(events)
   for number, pair in enumerate(itertools.zip_longest(theirs, ours)):
     if pair[0] != pair[1]:
