@@ -179,8 +179,9 @@ def main(argv: Sequence[str]) -> int:
     for name in METRICS
   }
   medians = {n: float(np.median(each)) for n, each in off.items() if each}
-  about = {**fitted.about, "held_out_error": medians}
-  fitted = dataclasses.replace(fitted, about=about)
+  fitted = dataclasses.replace(
+    fitted, about={**fitted.about, "held_out_error": medians}
+  )
   write_text(values.out, fitted.to_json())
   print(f"{fitted.note}\n{summary(found)}\nIn {values.out}")
   return 0

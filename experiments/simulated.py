@@ -36,7 +36,8 @@ class SimOptions:
     model: with a device: a model of `sim.shapes` by name, in the checkpoint's
       place (its vocabulary stays the checkpoint's).
     detect_s: seconds from a loss to its report, instead of the calibrated.
-    by_step: readiness and checkpoints count steps, not seconds.
+    by_step: readiness and checkpoints count steps, not seconds (see
+      `sim.case`); the emulated runtime keeps to it too, to be compared.
   """
 
   calibration: str = "emulated"

@@ -110,7 +110,10 @@ def assemble(
   kind = LogicalExecutables if logical else Executables
   executables = kind(plans.shape, None if logical else folder)
   mesh = tuple(plans.view.mesh.tolist())
-  readiness = Readiness(executables, folder, len(devices), recorder.write)
+  readiness = Readiness(
+    executables, folder, len(devices), recorder.write,
+    by_step=bool(case.sim.get("by_step")),
+  )  # fmt: skip
   if not fresh.generation and case.wait_ready:
     # Traffic waits for it, so it may as well share the cores from the start.
     _want(readiness, plans)

@@ -53,6 +53,26 @@ def serve(lab: Lab, policy: str, name: str) -> Host:
   return host
 
 
+@pytest.mark.parametrize("policy", ["mesh_shrink", "kv_restore", "spare"])
+def test_meshes_become_ready_step_by_step_as_in_a_simulation(
+  lab: Lab, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """The rank is lost while others' meshes are still to be made ready."""
+  seen = conform.Seen(monkeypatch)
+  case = make_case(
+    lab, policy, scenario("rank_lost_prefill", RANKS, at_step=2, rank=0),
+    wait_ready=False, sim={"by_step": True},
+  )  # fmt: skip
+  host = Host(lab, case)
+  host.run()
+  assert lab.verdict(host.events)["failed"] == []
+  assert conform.unlike(case, host.events, seen) == []
+  # One that lacks rank 0 only may have been made ready before; the next not.
+  made = of_kind(host.events, "mesh_ready")
+  fault = next(e for e in host.events if e["event"] == "fault")
+  assert 0 < len([e for e in made if e["t"] < fault["t"]]) < RANKS
+
+
 def fetched(host: Host) -> list[str]:
   """Where the programs of each new mesh came from."""
   done = of_kind(host.events, "action")
