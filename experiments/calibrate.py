@@ -34,7 +34,10 @@ from resilient_moe.sim.clock import VirtualClock
 from resilient_moe.sim.fitted import Fitted
 from resilient_moe.sim.run import Run
 
-METRICS = ("affected_stall_s", "resume_s", "service_stall_s", "step_s")
+METRICS = (
+  "affected_stall_s", "resume_s", "affected_stall_steps", "service_stall_s",
+  "step_s",
+)  # fmt: skip
 BAD_INPUT = 2
 
 

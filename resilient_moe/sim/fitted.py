@@ -82,10 +82,9 @@ class Fitted:
       f"{name} {low} to {high}" if low != high else f"{name} {low}"
       for name, (low, high) in a["ranges"].items()
     )
-    return (
-      f"calibrated on {a['runs']} {a['runtime']} runs ({a['steps']} steps, "
-      f"{a['faults']} faults) of {a['machine']}: {ranges}"
-    )
+    runs = f"{a['runs']} {a['runtime']} runs, {a['deployment']}"
+    seen = f"{a['steps']} steps, {a['faults']} faults"
+    return f"calibrated on {runs} ({seen}) of {a['machine']}: {ranges}"
 
   def step_s(self, batch: StepBatch, view: ClusterView) -> float:
     fit = self.prefill if batch.chunks else self.decode
