@@ -274,6 +274,8 @@ def _sample(
     "kv_bytes_restored": tally.kv_bytes,
     "redundancy_device_bytes": study.groups * on_device,
     "redundancy_host_bytes": study.groups * on_host,
+    "redundancy_memory": on_device
+    / ((study.ranks + policy.spares) * study.memory.device_bytes),
     "spare_devices": study.groups * policy.spares,
     "rows_per_rank": prepared.view.rows_per_rank,
     "slots_per_rank": prepared.view.slots_per_rank,
