@@ -15,7 +15,11 @@ import numpy as np
 
 from resilient_moe import recovery as rm
 from resilient_moe.faults import LINK_KINDS, Fault, Moment
-from resilient_moe.recovery.checks import expert_ranks, request_ranks
+from resilient_moe.recovery.checks import (
+  expert_ranks,
+  request_ranks,
+  uncovered,
+)
 from resilient_moe.serving.backend import Outcome, Placed, Stepped
 from resilient_moe.serving.scheduler import StepBatch
 from resilient_moe.sim.backend import Domain, Flight, SimulatedBackend
@@ -193,7 +197,7 @@ class SplitSimulated(SimulatedBackend):
     used = np.unique(table[table >= 0]).tolist()
     cut = {e for a, e in self._cut if a == aw}
     silent = [e for e in used if e not in self.there or e in cut]
-    if not silent:
+    if not silent and not len(uncovered(self.facts)):
       return
     news = [e for e in silent if (aw, e) not in self._known]
     missing = self._missing(aw, cut)

@@ -108,6 +108,9 @@ def test_calibration_finds_the_machine_it_was_shown(
   assert about["held_out_error"]["affected_stall_s"] < 0.1
   assert about["held_out_error"]["resume_s"] < 0.1
   assert "rank_lost_decode/mesh_shrink/seed1: affected_stall_s" in out
+  assert _fitted(tmp_path, "--holdout=kv_restore") == 0
+  assert "over 3 held-out runs" in capsys.readouterr().out
+  assert _fitted(tmp_path, "--holdout=retry") == calibrate.BAD_INPUT
 
 
 def test_calibration_needs_runs_to_fit_and_runs_to_hold_out(
@@ -121,5 +124,5 @@ def test_calibration_needs_runs_to_fit_and_runs_to_hold_out(
   assert _launch(tmp_path) == 0
   capsys.readouterr()
   assert _fitted(tmp_path) == calibrate.BAD_INPUT
-  assert "at least one seed must be held out" in capsys.readouterr().err
+  assert "at least one run must be held out" in capsys.readouterr().err
   assert not (tmp_path / "fit.json").exists()
