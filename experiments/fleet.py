@@ -14,13 +14,11 @@ asked again.
 Exit status: 0; 2 for bad input (one line on stderr); 130 when interrupted.
 """
 
-import concurrent.futures
 import dataclasses
 import json
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,9 +26,14 @@ from experiments import fleet_cells, fleet_figures, fleet_settings, fleet_table
 from experiments import run as launcher
 from experiments.fleet_cells import Cell
 from experiments.fleet_settings import Settings
-from experiments.progress import seconds
 from experiments.provenance import provenance
+from experiments.tasks import Task, run_tasks
 from resilient_moe.report.runs import write_text
+
+FILES = (
+  "table.md", "table.csv", "table.tex", "samples.jsonl", "stall_scale.png",
+  "redundancy_availability.png",
+)  # fmt: skip
 
 
 def launch(argv: Sequence[str]) -> int:
@@ -41,32 +44,53 @@ def launch(argv: Sequence[str]) -> int:
   try:
     asked = launcher.parse(argv)
     settings = fleet_settings.read(asked.config)
-    todo = _todo(asked.workdir, settings)
-    _check_policies(settings)
+    cells = todo(asked.workdir, settings)
+    check_policies(settings)
+    origin = provenance("experiments.fleet", argv, "simulated", settings.ranks)
+    if cells or not asked.workdir.is_dir():
+      start(asked.workdir, settings, origin)
   except ValueError as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return launcher.BAD_INPUT
-  asked.workdir.mkdir(parents=True, exist_ok=True)
-  _write(asked.workdir / "config.json", dataclasses.asdict(settings))
-  origin = provenance("experiments.fleet", argv, "simulated", settings.ranks)
-  if todo or not (asked.workdir / "provenance.json").is_file():
-    _write(asked.workdir / "provenance.json", origin)
   try:
-    run_all(asked.workdir, settings, todo)
+    run_all(asked.workdir, settings, cells)
   except KeyboardInterrupt:
     print(
       "\ninterrupted; the same command goes on from here", file=sys.stderr
     )
     return launcher.INTERRUPTED
-  conclude(asked.workdir)
+  print(f"\n{conclude(asked.workdir)}")
+  print(f"In {asked.workdir}: {', '.join(FILES)}")
   return 0
 
 
-def _write(path: pathlib.Path, value: Any) -> None:
-  write_text(path, json.dumps(value, indent=2) + "\n")
+def start(
+  workdir: pathlib.Path, settings: Settings, origin: dict[str, Any]
+) -> None:
+  """Makes the work directory; writes `config.json` and `provenance.json`.
+
+  Raises:
+    ValueError: it can't be written.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    for name, value in (
+      ("config.json", dataclasses.asdict(settings)),
+      ("provenance.json", origin),
+    ):
+      write_text(workdir / name, json.dumps(value, indent=2) + "\n")
+  except OSError as error:
+    raise ValueError(
+      f"--workdir={workdir} can't be written: {error}"
+    ) from error
 
 
-def _todo(workdir: pathlib.Path, settings: Settings) -> list[Cell]:
+def todo(workdir: pathlib.Path, settings: Settings) -> list[Cell]:
+  """The cells that are not finished; looks, and writes nothing.
+
+  Raises:
+    ValueError: one was run with another config.
+  """
   return [
     cell
     for cell in fleet_cells.cells(settings)
@@ -74,66 +98,35 @@ def _todo(workdir: pathlib.Path, settings: Settings) -> list[Cell]:
   ]
 
 
-def _check_policies(settings: Settings) -> None:
-  """Every policy can be made, and prepared at this scale."""
+def check_policies(settings: Settings) -> None:
+  """Every policy can be made.
+
+  Raises:
+    ValueError: one can't; names the choices.
+  """
   costs = fleet_cells.costs_of(settings)
   for label in settings.policies:
     fleet_cells.policy_of(settings, label, costs)
 
 
 def run_all(
-  workdir: pathlib.Path, settings: Settings, todo: Sequence[Cell]
+  workdir: pathlib.Path, settings: Settings, cells: Sequence[Cell]
 ) -> None:
   """Runs cells, several at a time; says how far it is."""
-  jobs = settings.jobs or len(os.sched_getaffinity(0))
-  begun, done = time.monotonic(), 0
-  all_cells = len(fleet_cells.cells(settings))
-  print(f"{len(todo)} of {all_cells} cells to run, {jobs} at a time")
-  if jobs == 1 or len(todo) < 2:
-    for cell in todo:
-      _run_one(workdir, settings, cell)
-      done += 1
-      _say(cell, settings, done, len(todo), begun)
-    return
-  # No locks or threads of this process go along.
-  context = _context()
-  with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
-    running = {
-      pool.submit(_run_one, workdir, settings, cell): cell for cell in todo
-    }
-    try:
-      for future in concurrent.futures.as_completed(running):
-        future.result()
-        done += 1
-        _say(running[future], settings, done, len(todo), begun)
-    except BaseException:
-      pool.shutdown(wait=False, cancel_futures=True)
-      raise
+  tasks = [
+    Task(
+      f"{cell.label}, {cell.instances * settings.ranks} devices, "
+      f"seed {cell.seed}",
+      0,
+      fleet_cells.run_cell,
+      (workdir, settings, cell),
+    )
+    for cell in cells
+  ]
+  run_tasks(tasks, settings.jobs or len(os.sched_getaffinity(0)))
 
 
-def _context() -> Any:
-  import multiprocessing
-
-  return multiprocessing.get_context("spawn")
-
-
-def _run_one(workdir: pathlib.Path, settings: Settings, cell: Cell) -> None:
-  fleet_cells.run_into(cell.folder(workdir, settings), settings, cell)
-
-
-def _say(
-  cell: Cell, settings: Settings, done: int, total: int, begun: float
-) -> None:
-  spent = time.monotonic() - begun
-  left = spent / done * (total - done)
-  print(
-    f"[{done}/{total}] {cell.label}, {cell.instances * settings.ranks} devices,"
-    f" seed {cell.seed}; {seconds(spent)}, about {seconds(left)} left",
-    flush=True,
-  )
-
-
-def conclude(workdir: pathlib.Path) -> None:
+def conclude(workdir: pathlib.Path) -> str:
   """Tables and figures over every sample in a work directory."""
   samples = fleet_table.read_samples(workdir)
   lines = "".join(json.dumps(sample) + "\n" for sample in samples)
@@ -144,10 +137,8 @@ def conclude(workdir: pathlib.Path) -> None:
   write_text(workdir / "table.md", text)
   write_text(workdir / "table.csv", fleet_table.to_csv(rows))
   write_text(workdir / "table.tex", fleet_table.to_latex(rows))
-  figures = fleet_figures.draw(samples, workdir)
-  print(f"\n{text}")
-  names = ["table.md", "table.csv", "table.tex", "samples.jsonl"]
-  print(f"In {workdir}: {', '.join([*names, *(f.name for f in figures)])}")
+  fleet_figures.draw(samples, workdir)
+  return text
 
 
 if __name__ == "__main__":

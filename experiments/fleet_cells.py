@@ -213,3 +213,11 @@ def finished(folder: pathlib.Path, settings: Settings, cell: Cell) -> bool:
       f"{folder} holds a run with another config; choose a new --workdir"
     )
   return True
+
+
+def run_cell(workdir: pathlib.Path, settings: Settings, cell: Cell) -> str:
+  """Runs one cell of a study; what came of it, in words."""
+  folder = cell.folder(workdir, settings)
+  run_into(folder, settings, cell)
+  sample = json.loads((folder / "sample.json").read_text("utf-8"))
+  return f"full service {100 * sample['full']:.3f}% of the time"
