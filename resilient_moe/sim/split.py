@@ -206,8 +206,10 @@ class SplitSimulated(SimulatedBackend):
     for ew in news if not missing else [e for e in silent if e in cut]:
       if ew in self.there and (not missing or self._holds(ew, missing)):
         self._report_link(aw, ew, not missing, when_s)
-    if missing:
-      self.give_up(flight, when_s + self.timing.heal_s(self.facts))
+    if missing:  # it waits for a push that helps, until it is told of a plan
+      told_s = [self.unnoticed.get(e, 0.0) for e in silent]
+      ends_s = max([when_s + self.timing.heal_s(self.facts), *told_s])
+      self.give_up(flight, ends_s)
       return
     for ew in news:
       self._known.add((aw, ew))
