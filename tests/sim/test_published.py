@@ -88,7 +88,7 @@ def _predicted(module):
                         "SWITCH_LOAD_S", "COLLOCATED_S", "BASELINE_S")),
     (published_tarragon, ("ATTENTION_S", "COARSE_S", "SHADOW_BYTES")),
     (published_eep, ("BACKUP_BYTES", "RESTART_S", "HEALTHY_TOKENS_PER_S")),
-    (published_rates, ("PREFILL_TOKENS_PER_S",)),
+    (published_rates, ("PREFILL_TOKENS_PER_S", "NODE_INPUT_PER_S")),
   ],
 )  # fmt: skip
 def test_no_prediction_knows_its_own_answer(module, names, monkeypatch):
