@@ -186,7 +186,7 @@ def _backend(
   standing = plans.standing
   if not standing.host_weights:
     weights.drop_host_copy()
-  checkpointer = make_checkpointer(plans, recorder)
+  checkpointer = make_checkpointer(case, plans, recorder)
   return EmulatedBackend(
     plans.view, standing, store, weights, checkpointer, readiness,
     make_injector(case, plans, fresh), recorder.write, recorder.now_s,
@@ -206,7 +206,7 @@ def _want(readiness: Readiness, plans: Plans) -> None:
 
 
 def make_checkpointer(
-  plans: Plans, recorder: Recorder
+  case: Case, plans: Plans, recorder: Recorder
 ) -> KVCheckpointer | None:
   """What keeps KV off the ranks, if the policy wants that."""
   if plans.standing.checkpoint == "none":
@@ -216,6 +216,7 @@ def make_checkpointer(
     plans.standing.checkpoint, request_kv_shape(plans.config, options),
     plans.config.dtype, options.rows * len(request_ranks(plans.view)),
     lambda text: recorder.write("warning", text=text),
+    by_step=bool(case.sim.get("by_step")),
   )  # fmt: skip
 
 

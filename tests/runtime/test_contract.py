@@ -46,8 +46,11 @@ def faults_of(name: str) -> Schedule:
   return scenario(name, RANKS, seed=1, at_step=8, rank=1)
 
 
-def serve(lab: Lab, policy: str, name: str) -> Host:
-  case = make_case(lab, policy, faults_of(name), scenario=name)
+def serve(lab: Lab, policy: str, name: str, by_step: bool = False) -> Host:
+  """`by_step`: checkpoints keep up with the steps (`sim.case`)."""
+  case = make_case(
+    lab, policy, faults_of(name), scenario=name, sim={"by_step": by_step}
+  )
   host = Host(lab, case)
   host.run()
   return host
@@ -89,7 +92,7 @@ def test_every_request_is_answered_as_without_faults(
     with pytest.raises(Unrecoverable, match=f"policy '{policy}' can't"):
       serve(lab, policy, name)
     return
-  host = serve(lab, policy, name)
+  host = serve(lab, policy, name, by_step=True)
   said = lab.verdict(host.events)
   assert said["failed"] == [], said
   exact = said["checkers"]["exactness"]["value"]

@@ -1,5 +1,7 @@
 """What simulated rows say: the same for the same KV, something else if not."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,7 @@ def test_kv_that_is_not_its_own_shows(spoil: str) -> None:
   fine = served(rows, 64)
   held = rows.read(0, 0, "a", 25)
   assert held is not None
+  assert rows.read(0, 0, "a", 24) is rows.read(0, 0, "b", 25) is None
   state = accept(with_ranks(SchedulerState(), (0,), 1), REQUEST, fine[:5])
   state, _ = admit(state)
   if spoil == "lost":
@@ -72,8 +75,6 @@ def test_kv_that_is_not_its_own_shows(spoil: str) -> None:
 
 def with_computed(state: SchedulerState, computed: int) -> SchedulerState:
   """As if the row held so many positions."""
-  import dataclasses
-
   s = dataclasses.replace(state.sequences["a"], computed=computed)
   return dataclasses.replace(state, sequences={"a": s})
 
