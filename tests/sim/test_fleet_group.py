@@ -208,6 +208,17 @@ def test_a_failure_while_it_restarts_starts_again(seed):
   assert tally.abandoned == 1
 
 
+def test_a_failure_while_it_restarts_is_not_left_to_the_policy(seed):
+  """Nothing serves yet, so that nothing could shrink."""
+  made, _, _ = group(load("mesh_shrink"), seed, restart_part=0.1)
+  tally = made.run(
+    [strike(1000.0, 1, back_s=1100.0), strike(1105.0, 5)], [], HOUR_S
+  )
+  assert tally.planned_restarts == 1
+  start_s = float(device("h100").process_start_s)
+  assert tally.stalls[-1][0] > 5.0 + DETECT_S + start_s
+
+
 def test_a_dead_process_is_taken_along_by_the_restart(seed):
   made, _, _ = group(load("restart_cached"), seed)
   died = Strike(1000.0, "process", (4,), (1000.0,))

@@ -96,6 +96,17 @@ def test_slow_tokens_are_not_in_time():
   assert (counts.started, counts.in_time) == (180.0, 60.0)
 
 
+def test_who_waits_and_then_has_slow_tokens_is_not_in_time():
+  queue = Queue(demand([2.0], slo_s=100.0), 1.0)
+  queue.set(1.0, good=False)
+  queue.advance(60.0)
+  queue.set(1.0)
+  queue.advance(120.0)
+  counts = queue.finish()
+  assert counts.started == pytest.approx(120.0)
+  assert counts.in_time == pytest.approx(60.0)
+
+
 def test_requests_return():
   queue = Queue(demand([2.0]), 4.0)
   queue.advance(30.0)
@@ -132,3 +143,20 @@ def test_a_month_of_health_is_computed_once(rng):
   alone = Queue(asked, 1.0, healthy)
   alone.advance(120_000.0)
   assert alone.finish().started == pytest.approx(healthy.total.started)
+
+
+def test_a_group_is_not_healthy_because_nobody_waits():
+  """Others still have a queue that this one's clients have left."""
+  asked = demand([0.5, 3.0, 0.0, 0.0, 0.0, 0.5], patience_s=30.0)
+  healthy = Healthy(asked, 1.0, 12)
+  queues = [Queue(asked, 1.0, healthy), Queue(asked, 1.0)]
+  for queue in queues:
+    queue.advance(60.0)
+    queue.set(0.0)
+    queue.advance(180.0)
+    queue.set(1.0)
+    assert queue.calm
+    assert not healthy.calm[3]
+    queue.advance(660.0)
+  fast, slow = (queue.finish() for queue in queues)
+  assert fast.started == pytest.approx(slow.started)
