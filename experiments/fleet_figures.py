@@ -84,7 +84,8 @@ def stall_scale(samples: Samples) -> Any:
         devices, low, high, color=styles[policy]["color"], alpha=0.15, lw=0
       )
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
+    axis.set_xticks(devices, [f"{d:,}" for d in devices], minor=False)
+    _plain_log(axis)
     axis.set_xlabel("devices")
     axis.set_title(
       f"stall of a stopped request, {column.split('_')[1]} (s)",
@@ -131,7 +132,7 @@ def redundancy_availability(samples: Samples) -> Any:
       [100 * x for x, _ in front], [max(y, 1e-7) for _, y in front],
       color="#8a8a8a", lw=0.7, ls="--", zorder=0,
     )  # fmt: skip
-    axis.set_yscale("log")
+    _plain_log(axis)
     axis.set_xlabel("device memory that redundancy fills (%)")
     axis.set_title(f"{title}, {largest} devices", loc="left", fontsize=7)
   _legend(figure, axes[0])
@@ -147,6 +148,16 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
   return front
 
 
+def _plain_log(axis: Any) -> None:
+  """A logarithmic y axis with numbers at decades only: they are slow to set."""
+  from matplotlib.ticker import LogFormatterSciNotation, NullFormatter
+
+  axis.set_yscale("log")
+  axis.yaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=True))
+  axis.yaxis.set_minor_formatter(NullFormatter())
+  axis.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _legend(figure: Any, axis: Any) -> None:
   handles, labels = axis.get_legend_handles_labels()
   figure.legend(
@@ -156,6 +167,8 @@ def _legend(figure: Any, axis: Any) -> None:
 
 def _save(figure: Any, stem: pathlib.Path) -> list[pathlib.Path]:
   paths = []
+  figure.draw_without_rendering()
+  figure.set_layout_engine("none")  # as laid out now, in both files
   for suffix in (".png", ".pdf"):
     path = stem.with_name(stem.name + suffix)
     figure.savefig(path, dpi=200)

@@ -109,7 +109,7 @@ def launch(argv: Sequence[str]) -> int:
     return 0
   try:
     asked = read(argv)
-    kinds = [_kind(point.config) for point in asked.points]
+    kinds = [kind_of(point.config) for point in asked.points]
     tasks = [
       task
       for kind, point in zip(kinds, asked.points, strict=True)
@@ -141,7 +141,7 @@ def launch(argv: Sequence[str]) -> int:
   return FAILED if problems else 0
 
 
-def _kind(
+def kind_of(
   config: ml_collections.ConfigDict,
 ) -> type[run_points.Runs] | type[fleet_points.Fleets]:
   """Whose config it is: a comparison names a checkpoint."""

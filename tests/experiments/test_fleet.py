@@ -171,7 +171,7 @@ def test_the_closed_form_is_near_to_stepping(monkeypatch):
   monkeypatch.setattr(fleet_check, "WINDOW_S", 60.0)
   monkeypatch.setattr(fleet_check, "FAULT_S", 40.0)
   row = fleet_check.compare("mesh_shrink", 8, 0.4, 0)
-  for name, limit in (("tokens", 0.1), ("gap_s", 0.1), ("stall_s", 0.1)):
+  for name, limit in (("tokens", 0.1), ("gap_s", 0.15), ("stall_s", 0.1)):
     stepped, closed = row[name]
     assert closed == pytest.approx(stepped, rel=limit), name
   text, table = fleet_check.to_tables([row])
