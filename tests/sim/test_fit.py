@@ -6,10 +6,11 @@ import pathlib
 import numpy as np
 import pytest
 
+from resilient_moe import recovery as rm
 from resilient_moe.faults import Fault
 from resilient_moe.report import Event
 from resilient_moe.sim import fit as fit_lib
-from resilient_moe.sim.fitted import Fitted
+from resilient_moe.sim.fitted import ActionFit, Fitted
 from tests.sim.still import Fixed, case, simulate
 
 KNOWN = Fixed(
@@ -80,6 +81,20 @@ def test_a_calibration_goes_into_a_file_and_back(
   assert again.to_json() == fitted.to_json()
   assert "3 simulated runs" in again.note
   assert "ranks 3 to 4" in again.note
+
+
+def test_programs_that_are_not_warm_cost_what_others_did(
+  fitted: Fitted,
+) -> None:
+  """On processes a mesh that was just compiled says that it was stored."""
+  cold = ActionFit(4.5)
+  known = {**fitted.actions, "FetchExecutable/stored": cold}
+  known = dataclasses.replace(fitted, actions=known)
+  view = rm.bare_view(4, 8)
+  asked = rm.FetchExecutable(frozenset({1, 2}))
+  assert known.action(asked, view, ()).seconds == 4.5
+  warm = dataclasses.replace(view, ready=frozenset({frozenset({1, 2})}))
+  assert known.action(asked, warm, ()).seconds < 0.01
 
 
 @pytest.mark.parametrize(
