@@ -141,6 +141,13 @@ def test_a_policy_that_is_none_is_named(repository, tmp_path, capsys):
   assert not workdir.exists()
 
 
+def test_a_scale_at_which_nothing_fits_is_named(repository, tmp_path, capsys):
+  workdir = tmp_path / "runs"
+  assert launch(repository, workdir, "--config.model=deepseek-v3") == 2
+  assert "no rows for requests: 0 of" in capsys.readouterr().err
+  assert not workdir.exists()
+
+
 def sample(policy, goodput, seed=0):
   made = dict.fromkeys(fleet_table.COLUMNS, 1.0)
   return {
