@@ -73,6 +73,7 @@ def stall_scale(samples: Samples) -> Any:
   """Stall of a stopped request against devices: median and 99th percentile."""
   figure, axes = _figure(2)
   styles = _styles(samples)
+  scales = sorted({sample["devices"] for sample in samples})
   for axis, column in zip(axes, ("stall_p50_s", "stall_p99_s"), strict=True):
     for policy, by in sorted(_by_policy(samples, column).items()):
       devices = np.array(sorted(by))
@@ -84,7 +85,7 @@ def stall_scale(samples: Samples) -> Any:
         devices, low, high, color=styles[policy]["color"], alpha=0.15, lw=0
       )
     axis.set_xscale("log", base=2)
-    axis.set_xticks(devices, [f"{d:,}" for d in devices], minor=False)
+    axis.set_xticks(scales, [f"{d:,}" for d in scales], minor=False)
     _plain_log(axis)
     axis.set_xlabel("devices")
     axis.set_title(
