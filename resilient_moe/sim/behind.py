@@ -16,10 +16,12 @@ def make_ready(b: "SimulatedBackend") -> None:
   if made is None:
     return
   name, seconds = made
-  fields = {"ready": b.facts.ready | {name}}
+  cached = b.facts.cached
   if b.standing.store_executables:
-    fields["cached"] = b.facts.cached | {name}
-  b.facts = dataclasses.replace(b.facts, **fields)
+    cached = cached | {name}
+  b.facts = dataclasses.replace(
+    b.facts, ready=b.facts.ready | {name}, cached=cached
+  )
   b.record("mesh_ready", absent=sorted(name), seconds=seconds)
 
 
