@@ -1,14 +1,21 @@
 """Fits the simulation's timing to real runs, and says how far off it is.
 
   python -m experiments.calibrate --runs=runs/quickstart --out=FILE.json \
-      [--holdout=2] [--machine="2 cores"]
+      [--holdout=2 | --cross=policy] [--machine="2 cores"]
 
 RUNS is a work directory of `experiments.run`, on any runtime but the simulated.
-Runs of the seeds in --holdout (commas; default: the last seed) are left out of
-the fit. Then each of them is simulated with the fitted numbers: same policy,
-faults and requests. Printed is how far the simulated stall and resume time are
-from the real ones, |simulated - real| / real: the median and p90 over runs. The
-file goes into --config.sim.calibration=FILE.
+Runs whose seed, policy, scenario or place (SCENARIO/POLICY/seedN) is in
+--holdout (commas; default: the last seed) are left out of the fit. Then each of
+them is simulated with the fitted numbers: same policy, faults and requests.
+--cross=seed (or policy, or scenario) holds out one of these after the other,
+and fits FILE to all runs.
+
+Printed is how far the simulated stall and resume time are from the real ones,
+|simulated - real| / real: the median and p90 over runs, in seconds and *at the
+run's speed*: simulated seconds times how much slower than the calibrated the
+machine was in that run, which its decode steps before the fault say. On a
+machine that others use, the same run twice differs more than twofold in
+seconds. The file goes into --config.sim.calibration=FILE.
 """
 
 import dataclasses
@@ -34,7 +41,8 @@ from resilient_moe.sim.clock import VirtualClock
 from resilient_moe.sim.fitted import Fitted
 from resilient_moe.sim.run import Run
 
-METRICS = ("affected_stall_s", "resume_s", "service_stall_s", "step_s")
+METRICS = ("affected_stall_s", "resume_s")
+CROSS = ("seed", "policy", "scenario")
 BAD_INPUT = 2
 
 
@@ -83,46 +91,71 @@ def simulate(job: Job, fitted: Fitted) -> list[Event]:
 
 
 def compare(
-  workdir: pathlib.Path, held_out: Sequence[Job], fitted: Fitted
-) -> list[Measured]:
+  workdir: pathlib.Path, found: Sequence[Job], held_out: Sequence[Job],
+  fitted: Fitted,
+) -> list[Measured]:  # fmt: skip
   """Numbers of each held-out run beside its simulation's.
 
-  Each against its own fault-free twin, over its own restart's horizon.
+  Each against its own fault-free twin, over its own restart's horizon; those
+  two may be among the fitted runs.
   """
-  real = {job.place: events_of(workdir, job) for job in held_out}
-  ours = {job.place: simulate(job, fitted) for job in held_out}
-  found = []
+  jobs = {job.place: job for job in found}
+  real: dict[pathlib.PurePath, list[Event]] = {}
+  ours: dict[pathlib.PurePath, list[Event]] = {}
+
+  def add(place: pathlib.PurePath) -> pathlib.PurePath | None:
+    if place not in jobs:
+      return None
+    if place not in real:
+      real[place] = events_of(workdir, jobs[place])
+      ours[place] = simulate(jobs[place], fitted)
+    return place
+
+  measured = []
   for job in held_out:
     if job.case.policy == TWIN:
       continue
+    add(job.place)
+    twin = add(job.twin_place) or add(cases.shared_twin(job))
+    base = add(job.place.parent.parent / BASELINE / job.place.name)
     pair = []
     for events in (real, ours):
-      twin = events.get(job.twin_place) or events.get(cases.shared_twin(job))
-      base = job.place.parent.parent / BASELINE / job.place.name
-      horizon_s = (
-        report.recovery_time_s(events[base]) if base in events else None
-      )
-      pair.append(
-        report.measure(events[job.place], twin, horizon_s=horizon_s)
-      )
-    found.append(Measured(job, *pair))
-  return found
+      horizon_s = report.recovery_time_s(events[base]) if base else None
+      quiet = events[twin] if twin else None
+      pair.append(report.measure(events[job.place], quiet, horizon_s=horizon_s))
+    measured.append(Measured(job, *pair))
+  return measured
+
+
+def errors(found: Sequence[Measured], name: str, at_speed: bool) -> list[float]:
+  """|simulated - real| / real of a metric, over the runs that have it."""
+  off = []
+  for m in found:
+    real, ours = m.real[name], m.simulated[name]
+    if not real or ours is None:
+      continue
+    speed = 1.0
+    if at_speed and m.real["step_s"] and m.simulated["step_s"]:
+      speed = m.real["step_s"] / m.simulated["step_s"]
+    off.append(abs(ours * speed - real) / real)
+  return off
 
 
 def summary(found: Sequence[Measured]) -> str:
   """The errors: a line a metric, and the runs themselves."""
   lines = []
   for name in METRICS:
-    off = fit_lib.errors(((m.real, m.simulated) for m in found), name)
-    if off:
-      lines.append(
-        f"{name}: median error {np.median(off):.0%}, p90"
-        f" {np.quantile(off, 0.9):.0%} over {len(off)} held-out runs"
-      )
+    for at_speed, how in ((True, "at the run's speed"), (False, "in seconds")):
+      off = errors(found, name, at_speed)
+      if off:
+        lines.append(
+          f"{name}, {how}: median error {np.median(off):.0%}, p90"
+          f" {np.quantile(off, 0.9):.0%} over {len(off)} held-out runs"
+        )
   for m in found:
     parts = [
       f"{name} {m.real[name]:.4g} real, {m.simulated[name]:.4g} simulated"
-      for name in METRICS[:2]
+      for name in (*METRICS, "step_s")
       if m.real[name] is not None and m.simulated[name] is not None
     ]
     lines.append(f"  {m.job.place}: {'; '.join(parts) or 'nothing to compare'}")
@@ -130,25 +163,54 @@ def summary(found: Sequence[Measured]) -> str:
 
 
 def calibrate(
-  workdir: pathlib.Path, holdout: Sequence[int] | None, machine: str
+  workdir: pathlib.Path, holdout: Sequence[str] | None, machine: str
 ) -> tuple[Fitted, list[Measured]]:
-  """Fits all seeds but the held-out ones; what those say.
+  """Fits all runs but the held-out ones; what those say.
 
   Raises:
     ValueError: nothing is left to fit, or to hold out.
   """
   found = jobs_of(workdir)
   seeds = sorted({job.case.seed for job in found})
-  holdout = seeds[-1:] if holdout is None else holdout
-  held_out = [job for job in found if job.case.seed in holdout]
-  fitted_on = [job for job in found if job.case.seed not in holdout]
-  if not fitted_on or not held_out:
+  chosen = set(holdout or [str(seeds[-1])])
+  out = [job for job in found if chosen & _names(job)]
+  unknown = chosen - {name for job in out for name in _names(job)}
+  rest = [job for job in found if job not in out]
+  faulty = [job for job in out if job.case.policy != TWIN]
+  if unknown or not rest or not faulty:
     raise ValueError(
-      f"--holdout={','.join(map(str, holdout))} of the seeds {seeds}: at least "
-      "one seed must be held out and one must be left"
+      f"--holdout={','.join(sorted(chosen))}: at least one run must be held out"
+      f" and one left; seeds: {', '.join(map(str, seeds))}; policies: "
+      f"{', '.join(sorted({job.case.policy for job in found}))}"
     )
-  fitted = fit_lib.fit([events_of(workdir, j) for j in fitted_on], machine)
-  return fitted, compare(workdir, held_out, fitted)
+  fitted = fit_lib.fit([events_of(workdir, job) for job in rest], machine)
+  return fitted, compare(workdir, found, faulty, fitted)
+
+
+def cross(
+  workdir: pathlib.Path, by: str, machine: str
+) -> tuple[Fitted, list[Measured]]:
+  """Holds out one seed (policy, scenario) after the other; fits to all runs.
+
+  Raises:
+    ValueError: there is only one of them.
+  """
+  if by not in CROSS:
+    raise ValueError(f"--cross={by}: choices: {', '.join(CROSS)}")
+  jobs = jobs_of(workdir)
+  faulty = [job for job in jobs if job.case.policy != TWIN]
+  names = dict.fromkeys(str(getattr(job.case, by)) for job in faulty)
+  if len(names) < 2:
+    raise ValueError(f"--cross={by}: there is only {', '.join(names)}")
+  found = [m for n in names for m in calibrate(workdir, [n], machine)[1]]
+  fitted = fit_lib.fit([events_of(workdir, job) for job in jobs], machine)
+  return fitted, found
+
+
+def _names(job: Job) -> set[str]:
+  """By what a run can be held out."""
+  case = job.case
+  return {str(case.seed), case.policy, case.scenario, str(job.place)}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -157,7 +219,8 @@ def main(argv: Sequence[str]) -> int:
   for name, about in (
     ("runs", "A work directory of experiments.run."),
     ("out", "Where the calibration goes."),
-    ("holdout", "Seeds that are held out."),
+    ("holdout", "Seeds, policies or scenarios that are held out."),
+    ("cross", "What is held out in turn: seed, policy or scenario."),
     ("machine", "Whose seconds these are, in words."),
   ):
     flags.DEFINE_string(name, None, about, flag_values=values)
@@ -165,22 +228,23 @@ def main(argv: Sequence[str]) -> int:
     values(list(argv))
     if not values.runs or not values.out:
       raise ValueError("needed are --runs=DIR and --out=FILE")
-    holdout = None
-    if values.holdout:
-      holdout = [int(seed) for seed in values.holdout.split(",")]
-    fitted, found = calibrate(
-      pathlib.Path(values.runs), holdout, values.machine or "this machine"
-    )
+    workdir, machine = pathlib.Path(values.runs), values.machine or "a machine"
+    if values.cross:
+      fitted, found = cross(workdir, values.cross, machine)
+    else:
+      holdout = values.holdout.split(",") if values.holdout else None
+      fitted, found = calibrate(workdir, holdout, machine)
   except (ValueError, flags.Error) as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return BAD_INPUT
-  off = {
-    name: fit_lib.errors(((m.real, m.simulated) for m in found), name)
+  medians = {
+    name: float(np.median(off))
     for name in METRICS
+    if (off := errors(found, name, at_speed=True))
   }
-  medians = {n: float(np.median(each)) for n, each in off.items() if each}
-  about = {**fitted.about, "held_out_error": medians}
-  fitted = dataclasses.replace(fitted, about=about)
+  fitted = dataclasses.replace(
+    fitted, about={**fitted.about, "held_out_error": medians}
+  )
   write_text(values.out, fitted.to_json())
   print(f"{fitted.note}\n{summary(found)}\nIn {values.out}")
   return 0
