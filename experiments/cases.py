@@ -122,8 +122,8 @@ def _record(case: Case, model_crc: str) -> dict[str, Any]:
   """
   record = dataclasses.asdict(case)
   # Younger than the runs that lie in many a work directory.
-  young = {"attention": 0, "exchange": {}, "sim": {}, "dtype": ""}
-  for field, default in young.items():
+  added = {"attention": 0, "exchange": {}, "sim": {}, "dtype": ""}
+  for field, default in added.items():
     if record[field] == default:
       del record[field]
   for fault in record["faults"]:

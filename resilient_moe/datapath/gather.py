@@ -93,10 +93,10 @@ def merge(
       f"parcels of one batch differ in (layer, width, dtype): {set(kinds)}"
     )
   # Once a layer and EW, for a few rows: Python's sums are the fast ones.
-  tokens, ends, rows, assignments = [], [], 0, 0
+  tokens, ends, first, assignments = [], [], 0, 0
   for p in parcels:
-    tokens.append(p.token + np.int32(rows))
-    rows += len(p.rows)
+    tokens.append(p.token + np.int32(first))
+    first += len(p.rows)
     assignments += len(p.token)
     ends.append(assignments)
   return (

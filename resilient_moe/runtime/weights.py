@@ -65,10 +65,6 @@ class WeightTiers:
     """Of an expert's tree."""
     return jax.tree.structure(describe(self.config)["experts"], is_leaf=is_spec)
 
-  def drop_host_copy(self) -> None:
-    """Frees the host's copy of the experts: disk is the next tier."""
-    self._host = {}
-
   @property
   def in_host_memory(self) -> bool:
     return bool(self._host)

@@ -28,8 +28,6 @@ SINGLE = ("rank_lost_decode", "rank_lost_prefill", "random")
 # Who stands for one loss only, and gives up at the second.
 GIVES_UP = {
   *((p, s) for p in ("mesh_shrink", "retry", "spare") for s in SEVERAL),
-  # Its replacement is there before the next one goes.
-  *(("eep", s) for s in SEVERAL if s != "one_after_another"),
   *(("none", s) for s in (*SINGLE, *SEVERAL)),
 }
 RESTARTS = ("restart", "restart_cached")
