@@ -4,8 +4,9 @@
       [--holdout=2] [--machine="2 cores"]
 
 RUNS is a work directory of `experiments.run`, on any runtime but the simulated.
-Runs of the seeds in --holdout (commas; default: the last seed) are left out of
-the fit. Then each of them is simulated with the fitted numbers: same policy,
+Runs whose seed, policy, scenario or place (SCENARIO/POLICY/seedN) is in
+--holdout (commas; default: the last seed) are left out of the fit. Then each of
+them is simulated with the fitted numbers: same policy,
 faults and requests. Printed is how far the simulated stall and resume time are
 from the real ones, |simulated - real| / real: the median and p90 over runs. The
 file goes into --config.sim.calibration=FILE.
@@ -34,7 +35,10 @@ from resilient_moe.sim.clock import VirtualClock
 from resilient_moe.sim.fitted import Fitted
 from resilient_moe.sim.run import Run
 
-METRICS = ("affected_stall_s", "resume_s", "service_stall_s", "step_s")
+METRICS = (
+  "affected_stall_s", "resume_s", "affected_stall_steps", "service_stall_s",
+  "step_s",
+)  # fmt: skip
 BAD_INPUT = 2
 
 
@@ -83,30 +87,40 @@ def simulate(job: Job, fitted: Fitted) -> list[Event]:
 
 
 def compare(
-  workdir: pathlib.Path, held_out: Sequence[Job], fitted: Fitted
-) -> list[Measured]:
+  workdir: pathlib.Path, found: Sequence[Job], held_out: Sequence[Job],
+  fitted: Fitted,
+) -> list[Measured]:  # fmt: skip
   """Numbers of each held-out run beside its simulation's.
 
-  Each against its own fault-free twin, over its own restart's horizon.
+  Each against its own fault-free twin, over its own restart's horizon; those
+  two may be among the fitted runs.
   """
-  real = {job.place: events_of(workdir, job) for job in held_out}
-  ours = {job.place: simulate(job, fitted) for job in held_out}
-  found = []
+  jobs = {job.place: job for job in found}
+  real: dict[pathlib.PurePath, list[Event]] = {}
+  ours: dict[pathlib.PurePath, list[Event]] = {}
+
+  def add(place: pathlib.PurePath) -> pathlib.PurePath | None:
+    if place not in jobs:
+      return None
+    if place not in real:
+      real[place] = events_of(workdir, jobs[place])
+      ours[place] = simulate(jobs[place], fitted)
+    return place
+
+  measured = []
   for job in held_out:
     if job.case.policy == TWIN:
       continue
+    add(job.place)
+    twin = add(job.twin_place) or add(cases.shared_twin(job))
+    base = add(job.place.parent.parent / BASELINE / job.place.name)
     pair = []
     for events in (real, ours):
-      twin = events.get(job.twin_place) or events.get(cases.shared_twin(job))
-      base = job.place.parent.parent / BASELINE / job.place.name
-      horizon_s = (
-        report.recovery_time_s(events[base]) if base in events else None
-      )
-      pair.append(
-        report.measure(events[job.place], twin, horizon_s=horizon_s)
-      )
-    found.append(Measured(job, *pair))
-  return found
+      horizon_s = report.recovery_time_s(events[base]) if base else None
+      quiet = events[twin] if twin else None
+      pair.append(report.measure(events[job.place], quiet, horizon_s=horizon_s))
+    measured.append(Measured(job, *pair))
+  return measured
 
 
 def summary(found: Sequence[Measured]) -> str:
@@ -130,25 +144,34 @@ def summary(found: Sequence[Measured]) -> str:
 
 
 def calibrate(
-  workdir: pathlib.Path, holdout: Sequence[int] | None, machine: str
+  workdir: pathlib.Path, holdout: Sequence[str] | None, machine: str
 ) -> tuple[Fitted, list[Measured]]:
-  """Fits all seeds but the held-out ones; what those say.
+  """Fits all runs but the held-out ones; what those say.
 
   Raises:
     ValueError: nothing is left to fit, or to hold out.
   """
   found = jobs_of(workdir)
   seeds = sorted({job.case.seed for job in found})
-  holdout = seeds[-1:] if holdout is None else holdout
-  held_out = [job for job in found if job.case.seed in holdout]
-  fitted_on = [job for job in found if job.case.seed not in holdout]
-  if not fitted_on or not held_out:
+  chosen = set(holdout or [str(seeds[-1])])
+  out = [job for job in found if chosen & _names(job)]
+  unknown = chosen - {name for job in out for name in _names(job)}
+  rest = [job for job in found if job not in out]
+  faulty = [job for job in out if job.case.policy != TWIN]
+  if unknown or not rest or not faulty:
     raise ValueError(
-      f"--holdout={','.join(map(str, holdout))} of the seeds {seeds}: at least "
-      "one seed must be held out and one must be left"
+      f"--holdout={','.join(sorted(chosen))}: at least one run must be held out"
+      f" and one left; seeds: {', '.join(map(str, seeds))}; policies: "
+      f"{', '.join(sorted({job.case.policy for job in found}))}"
     )
-  fitted = fit_lib.fit([events_of(workdir, j) for j in fitted_on], machine)
-  return fitted, compare(workdir, held_out, fitted)
+  fitted = fit_lib.fit([events_of(workdir, job) for job in rest], machine)
+  return fitted, compare(workdir, found, faulty, fitted)
+
+
+def _names(job: Job) -> set[str]:
+  """By what a run can be held out."""
+  case = job.case
+  return {str(case.seed), case.policy, case.scenario, str(job.place)}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -157,7 +180,7 @@ def main(argv: Sequence[str]) -> int:
   for name, about in (
     ("runs", "A work directory of experiments.run."),
     ("out", "Where the calibration goes."),
-    ("holdout", "Seeds that are held out."),
+    ("holdout", "Seeds, policies or scenarios that are held out."),
     ("machine", "Whose seconds these are, in words."),
   ):
     flags.DEFINE_string(name, None, about, flag_values=values)
@@ -165,9 +188,7 @@ def main(argv: Sequence[str]) -> int:
     values(list(argv))
     if not values.runs or not values.out:
       raise ValueError("needed are --runs=DIR and --out=FILE")
-    holdout = None
-    if values.holdout:
-      holdout = [int(seed) for seed in values.holdout.split(",")]
+    holdout = values.holdout.split(",") if values.holdout else None
     fitted, found = calibrate(
       pathlib.Path(values.runs), holdout, values.machine or "this machine"
     )
@@ -179,8 +200,9 @@ def main(argv: Sequence[str]) -> int:
     for name in METRICS
   }
   medians = {n: float(np.median(each)) for n, each in off.items() if each}
-  about = {**fitted.about, "held_out_error": medians}
-  fitted = dataclasses.replace(fitted, about=about)
+  fitted = dataclasses.replace(
+    fitted, about={**fitted.about, "held_out_error": medians}
+  )
   write_text(values.out, fitted.to_json())
   print(f"{fitted.note}\n{summary(found)}\nIn {values.out}")
   return 0

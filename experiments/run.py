@@ -26,7 +26,7 @@ from ml_collections import config_flags
 from experiments import cases, settings, showcase, sweep
 from experiments.progress import Progress
 from experiments.provenance import provenance
-from experiments.simulated import run_simulated
+from experiments.simulated import SimOptions, run_simulated
 from resilient_moe import report
 from resilient_moe.runtime.gateway import run_case
 
@@ -161,6 +161,8 @@ def launch(argv: Sequence[str]) -> int:
       origin = provenance(
         "experiments.run", argv, chosen.runtime, chosen.ranks
       )
+      if chosen.runtime == "simulated":
+        origin["timing"] = SimOptions(**chosen.sim).timing().note
       sweep.start(asked.workdir, chosen, origin)
   except ValueError as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

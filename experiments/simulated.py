@@ -14,9 +14,12 @@ import numpy as np
 from resilient_moe.report import HistoryWriter
 from resilient_moe.runtime.case import Case, RunFailed, make_policy
 from resilient_moe.serving.recover import Unrecoverable
+from resilient_moe.sim import devices, shapes
 from resilient_moe.sim.case import ModelFacts, SimulatedCase
 from resilient_moe.sim.clock import VirtualClock
+from resilient_moe.sim.cost import Roofline
 from resilient_moe.sim.fitted import Fitted
+from resilient_moe.sim.roofline_timing import RooflineTiming
 from resilient_moe.sim.run import Run
 from resilient_moe.sim.timing import Timing
 
@@ -29,20 +32,37 @@ class SimOptions:
 
   Attributes:
     calibration: one that ships, by name, or a file of experiments.calibrate.
+    device: instead of a calibration, hardware of `sim.devices` by name.
+    model: with a device: a model of `sim.shapes` by name, in the checkpoint's
+      place (its vocabulary stays the checkpoint's).
     detect_s: seconds from a loss to its report, instead of the calibrated.
-    by_step: readiness and checkpoints count steps, not seconds.
+    by_step: readiness and checkpoints count steps, not seconds (see
+      `sim.case`); the emulated runtime keeps to it too, to be compared.
   """
 
   calibration: str = "emulated"
+  device: str = ""
+  model: str = ""
   detect_s: float | None = None
   by_step: bool = False
 
   def __post_init__(self) -> None:
     if self.detect_s is not None and not self.detect_s >= 0:
       raise ValueError(f"sim.detect_s={self.detect_s}: 0 seconds or more")
+    if bool(self.device) != bool(self.model):
+      raise ValueError(
+        f"sim.device={self.device!r}, sim.model={self.model!r}: a cost model "
+        "needs both, a calibration none of them"
+      )
 
   def timing(self) -> Timing:
     """How long everything takes."""
+    if self.device:
+      costs = Roofline(devices.device(self.device), shapes.shape(self.model))
+      made = RooflineTiming(costs, f"{self.model} on {self.device}")
+      if self.detect_s is None:
+        return made
+      return dataclasses.replace(made, detect=self.detect_s)
     fitted = Fitted.read(self.calibration)
     if self.detect_s is None:
       return fitted
@@ -80,7 +100,7 @@ def simulated_case(case: Case) -> SimulatedCase:
   # Loads JAX (and starts no device) for the shapes of parameters.
   from resilient_moe.model import StepOptions
 
-  options = StepOptions(**case.options)
+  options, sim = StepOptions(**case.options), SimOptions(**case.sim)
   return SimulatedCase(
     name=case.policy,
     policy=make_policy(case),
@@ -89,7 +109,7 @@ def simulated_case(case: Case) -> SimulatedCase:
     deployment=case.deployment,
     ranks=case.ranks,
     attention=case.attention,
-    model=model_facts(case.checkpoint, case.options),
+    model=model_facts(case.checkpoint, case.options, sim.model),
     rows=options.rows,
     chunk=options.chunk,
     max_len=options.max_len,
@@ -97,18 +117,32 @@ def simulated_case(case: Case) -> SimulatedCase:
     requests=case.requests,
     faults=case.faults,
     wait_ready=case.wait_ready,
-    by_step=SimOptions(**case.sim).by_step,
+    by_step=sim.by_step,
   )
 
 
-def model_facts(checkpoint: str, options: Mapping[str, Any]) -> ModelFacts:
-  """What a model's config says of its bytes."""
+def model_facts(
+  checkpoint: str, options: Mapping[str, Any], model: str = ""
+) -> ModelFacts:
+  """What a checkpoint's config, or the shape of `model`, says of its bytes."""
   from resilient_moe.model import StepOptions
   from resilient_moe.model.checkpoint import read_config
   from resilient_moe.model.params import dense_bytes, expert_bytes
   from resilient_moe.model.step import cache_shape
 
   config, steps = read_config(checkpoint), StepOptions(**options)
+  if model:
+    shape = shapes.shape(model)
+    return ModelFacts(
+      vocab_size=config.vocab_size,
+      n_experts=shape.n_experts,
+      top_k=shape.top_k,
+      moe_layers=shape.moe_layers,
+      expert_bytes=shape.expert_bytes,
+      dense_bytes=shape.dense_bytes,
+      token_kv_bytes=shape.token_kv_bytes,
+      embedding_bytes=round(shape.d_model * shape.dispatch_value_bytes),
+    )
   itemsize = np.dtype(config.dtype).itemsize
   numbers = int(np.prod(cache_shape(config, steps)))
   return ModelFacts(

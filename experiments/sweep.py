@@ -3,12 +3,15 @@
 A job's folder holds `case.json` (what was run, and its digest) from its start
 and `verdict.json` from its end, so a folder says by itself whether it is
 finished, interrupted or another comparison's.
+
+As a program it sweeps config values, seeds and policies: `sweep_points`.
 """
 
 import dataclasses
 import json
 import pathlib
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -254,3 +257,9 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
 
 def _write_json(file: pathlib.Path, value: Any) -> None:
   write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  from experiments import sweep_points  # which needs this module itself
+
+  sys.exit(sweep_points.launch(sys.argv))

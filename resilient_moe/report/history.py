@@ -18,7 +18,8 @@ request emits has position len(prompt_tokens).
                ranks, lossless, fails_requests, exact; the first event. `exact`
                false: the backend can't be bit exact. Optional:
                `expected_faults` (how many `fault` events a complete run
-               has), `overhead` (steady-state slowdown, from a benchmark)
+               has), `overhead` (steady-state slowdown, from a benchmark),
+               `timing` (simulated: what seconds were calibrated on)
   engine       stage (spawn | import | weights | executables | first_step |
                serving | ...), seconds, generation (0: first engine; 1: after
                the first restart; ...)

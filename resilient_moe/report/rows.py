@@ -83,6 +83,7 @@ class Row:
     stats: by column; None where no run gives that number. Empty unless valid.
     stall_by_action: of the affected answers; seconds, median over seeds.
     restart_stages: seconds of each stage of a restart, median over seeds.
+    timing: of simulated runs, what their seconds were calibrated on.
   """
 
   scenario: str
@@ -95,6 +96,7 @@ class Row:
   stats: dict[str, Stat | None]
   stall_by_action: dict[str, float]
   restart_stages: dict[str, float]
+  timing: tuple[str, ...] = ()
 
   @property
   def valid(self) -> bool:
@@ -184,6 +186,7 @@ def _row(
       {name: stat(m.get(name) for m, _ in measured) for name in METRICS},
       _medians([spent for _, spent in measured]),
       _medians([phases_lib.restart_stages(run.events) for run in group]),
+      tuple(dict.fromkeys(r.run["timing"] for r in group if "timing" in r.run)),
   )
 
 

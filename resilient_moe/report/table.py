@@ -172,6 +172,11 @@ def _notes(rows: list[Row]) -> str:
           f" mean TBT at most {short(slos[1].median)} s."
       )
       break
+  for timing in dict.fromkeys(t for row in rows for t in row.timing):
+    notes += (
+        f" Simulated, in virtual time; {timing}. Tokens are hashes, so of a"
+        " lossy policy `tokens_exact` says nothing."
+    )
   return notes
 
 

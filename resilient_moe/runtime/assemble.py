@@ -112,7 +112,10 @@ def assemble(
   kind = LogicalExecutables if logical else Executables
   executables = kind(plans.shape, None if logical else folder)
   mesh = tuple(plans.view.mesh.tolist())
-  readiness = Readiness(executables, folder, len(devices), recorder.write)
+  readiness = Readiness(
+    executables, folder, len(devices), recorder.write,
+    by_step=bool(case.sim.get("by_step")),
+  )  # fmt: skip
   if not fresh.generation and case.wait_ready:
     # Traffic waits for it, so it may as well share the cores from the start.
     _want(readiness, plans)
@@ -183,7 +186,7 @@ def _backend(
   recorder: Recorder,
 ) -> EmulatedBackend:
   standing = plans.standing
-  checkpointer = make_checkpointer(plans, recorder)
+  checkpointer = make_checkpointer(case, plans, recorder)
   return EmulatedBackend(
     plans.view, standing, store, weights, checkpointer, readiness,
     make_injector(case, plans, fresh), recorder.write, recorder.now_s,
@@ -203,7 +206,7 @@ def _want(readiness: Readiness, plans: Plans) -> None:
 
 
 def make_checkpointer(
-  plans: Plans, recorder: Recorder
+  case: Case, plans: Plans, recorder: Recorder
 ) -> KVCheckpointer | None:
   """What keeps KV off the ranks, if the policy wants that."""
   if plans.standing.checkpoint == "none":
@@ -213,6 +216,7 @@ def make_checkpointer(
     plans.standing.checkpoint, request_kv_shape(plans.config, options),
     plans.config.dtype, options.rows * len(request_ranks(plans.view)),
     lambda text: recorder.write("warning", text=text),
+    by_step=bool(case.sim.get("by_step")),
   )  # fmt: skip
 
 

@@ -46,14 +46,19 @@ class KVCheckpointer:
 
   def __init__(
     self, mode: str, request_shape: tuple[int, ...], dtype: str, capacity: int,
-    warn: Callable[[str], None],
+    warn: Callable[[str], None], by_step: bool = False,
   ) -> None:  # fmt: skip
-    """`request_shape` is a request's KV, [L, 2K, T, d]; `capacity` requests."""
+    """`request_shape` is a request's KV, [L, 2K, T, d]; `capacity` requests.
+
+    `by_step`: a step's segments are stored before the next step, as in a
+    simulation that counts steps, instead of whenever the thread gets to it.
+    """
     if mode not in MODES:
       raise ValueError(
         f"checkpoint={mode!r}: choose one of {', '.join(MODES)}"
       )
     self.mode = mode
+    self._by_step = by_step
     # Ranks that mirror, each for the one before; (): those of the batch.
     self.ring: tuple[int, ...] = ()
     self.nbytes_streamed = 0
@@ -90,6 +95,8 @@ class KVCheckpointer:
       self._pending += 1
     ring = self.ring or batch.mesh
     self._queue.put((batch, delta, row_count, ring))
+    if self._by_step:
+      self.drain()
 
   def holder(self, ring: tuple[int, ...], place: int) -> int:
     """Who mirrors for the rank at `place`: the next in the ring, or the host.

@@ -31,7 +31,13 @@ class Readiness:
     folder: pathlib.Path,
     n_devices: int,
     record: Record,
+    by_step: bool = False,
   ) -> None:
+    """`by_step`: `step` makes a whole mesh ready, however long that takes.
+
+    How many are ready is then a matter of steps, as in a simulation.
+    """
+    self._by_step = by_step
     self._executables = executables
     self._folder = folder
     self._n_devices = n_devices
@@ -105,12 +111,16 @@ class Readiness:
       return None
     name, mesh = self._todo[0]
     if not self._left:
-      if not self._compiled(len(mesh)):
+      if self._by_step:
+        self.wait_compiled(len(mesh))
+      elif not self._compiled(len(mesh)):
         self.check_compiler()
         return None
       self._left = list(self._executables.shape.chunks())
-    start, width = time.monotonic(), self._left.pop()
-    run_once(mesh, width)
+    start = time.monotonic()
+    run_once(mesh, self._left.pop())
+    while self._by_step and self._left:
+      run_once(mesh, self._left.pop())
     self._seconds += time.monotonic() - start
     if self._left:
       return None

@@ -72,7 +72,7 @@ class SimulatedBackend:
     self.pending: list[rm.Failure] = []  # reported by the next poll
     self.repairing = False
     self.slow: dict[int, float] = {}  # rank -> how much slower
-    self._unnoticed: set[int] = set()  # dead, and nobody knows yet
+    self.unnoticed: dict[int, float] = {}  # dead, and when it is known, s
     self._ended: list[Stepped] = []
     self._rebase: list[str] = []
     self._random = random.Random(f"sim/{case.seed}")
@@ -164,7 +164,9 @@ class SimulatedBackend:
       # A loop that is busy goes on at once, unless it waits for a step.
       if wait_s or still or self.case.by_step:
         self.clock.step()
-      while self.case.by_step and not self._ended:
+      # One mesh: nothing is done beside its step, as nothing is for real.
+      whole = self.case.by_step or not self.facts.disaggregated
+      while whole and not self._ended:
         self.clock.step()
     self._seen_s = self.clock.now()
     ended, self._ended = self._ended, []
@@ -174,7 +176,7 @@ class SimulatedBackend:
 
   def _settled(self) -> bool:
     """Nothing is under way behind traffic, no loss is unnoticed."""
-    busy = self.repairing or self.pending or self._unnoticed
+    busy = self.repairing or self.pending or self.unnoticed
     return self.background.done and not busy
 
   def _due_in_step(self, batch: StepBatch) -> list[Fault]:
@@ -240,15 +242,16 @@ class SimulatedBackend:
     kept = self.copies.records()
     if self.copies.mode != "none":
       self._rebase += [n for n, _ in self.seats.items() if n not in kept]
-    self._unnoticed.update(gone)
     failure = rm.RanksLost(tuple(gone))
     seconds = self.timing.detect_s("rank_lost", self._random.random())
     noticed_s = self.clock.now() + seconds
+    self.unnoticed |= dict.fromkeys(gone, noticed_s)
     self.clock.at(noticed_s, lambda: self._notice(failure))
     self._stop_flights(set(gone), noticed_s)
 
   def _notice(self, failure: rm.RanksLost) -> None:
-    self._unnoticed.difference_update(failure.ranks)
+    for rank in failure.ranks:
+      self.unnoticed.pop(rank, None)
     self.pending.append(failure)
 
   def _stop_flights(self, gone: set[int], noticed_s: float) -> None:
@@ -373,7 +376,7 @@ class SimulatedBackend:
 
   def execute(self, action: rm.Action, placed: tuple[Placed, ...]) -> Outcome:
     self.clock.catch_up()
-    if effects.needs(action, placed, self.facts) & self._unnoticed:
+    if effects.needs(action, placed, self.facts) & self.unnoticed.keys():
       while not self.pending:
         self.clock.step()
       return Outcome(f"abandoned: {self.pending[0]}")
@@ -408,7 +411,7 @@ class SimulatedBackend:
   def drop(self, ranks: Iterable[int]) -> None:
     """Ends whatever of these ranks is still there."""
     for rank in ranks:
-      self._unnoticed.discard(rank)
+      self.unnoticed.pop(rank, None)
       if rank in self.there:
         self._forget(rank)
 

@@ -90,10 +90,11 @@ class Copies:
     if rank in self._dead or holder in self._dead:
       return
     for start, held in segments:
-      before = self._kept.get(held.request_id)
-      if start > (before.held.tokens if before else 0):
+      nothing = Copy(Held(held.request_id, 0, 0), holder)
+      before = self._kept.setdefault(held.request_id, nothing)
+      if start > before.held.tokens:
         continue  # a gap: `rebase` fills it
-      keeps = holder if start == 0 or not before else before.holder
+      keeps = holder if start == 0 else before.holder
       self._kept[held.request_id] = Copy(held, keeps)
       self.nbytes += (held.tokens - start) * self._token_bytes
 

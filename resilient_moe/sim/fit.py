@@ -54,9 +54,10 @@ def fit(runs: Sequence[list[Event]], machine: str) -> Fitted:
     decode=decode, prefill=prefill, turn_s=turn_s,
     after_resume=_after_resume(runs, decode, prefill),
     actions=_actions(runs, turn_s),
-    plan=_plans(runs, turn_s), detect=_detect(runs),
-    struck=_struck(runs, turn_s), behind=runtime == "process",
-    mesh_ready=_mesh_ready(runs), launch=_launch(runs),
+    plan=_plans(runs), detect=_detect(runs, turn_s),
+    struck=_struck(runs, runtime, turn_s), behind=runtime == "process",
+    mesh_ready=_mesh_ready(runs),
+    launch=_launch(runs) if runtime == "process" else 0.0,
     lag=_lag(runs, decode), heal=_healed(runs), link=LINK_S,
     starts=_starts(runs),
   )  # fmt: skip
@@ -206,9 +207,8 @@ def _action_fit(samples: np.ndarray) -> ActionFit:
   return ActionFit(median(seconds))
 
 
-def _plans(runs: Sequence[list[Event]], turn_s: float) -> dict[str, float]:
+def _plans(runs: Sequence[list[Event]]) -> dict[str, float]:
   """From a failure's report to the plan, by policy."""
-  del turn_s
   found: dict[str, list[float]] = {}
   for events in runs:
     told_s = None
@@ -222,14 +222,16 @@ def _plans(runs: Sequence[list[Event]], turn_s: float) -> dict[str, float]:
   return {ANY: median(everything)} | {n: median(s) for n, s in found.items()}
 
 
-def _detect(runs: Sequence[list[Event]]) -> dict[str, tuple[float, ...]]:
-  """Delays from a fault to the first failure that names its ranks."""
+def _detect(
+  runs: Sequence[list[Event]], turn_s: float
+) -> dict[str, tuple[float, ...]]:
+  """Delays from a fault until the loop could know of its ranks."""
   found: dict[str, list[float]] = {}
   for events in runs:
     for fault in of_kind(events, "fault"):
       delay = next(
         (
-          e["t"] - fault["t"]
+          max(e["t"] - fault["t"] - turn_s, 0.0)
           for e in of_kind(events, "failure")
           if e["t"] >= fault["t"] and set(e["ranks"]) & set(fault["ranks"])
         ),
@@ -249,8 +251,15 @@ def _spread(values: list[float]) -> tuple[float, ...]:
   return tuple(np.quantile(values, at).tolist())
 
 
-def _struck(runs: Sequence[list[Event]], turn_s: float) -> float | None:
-  """Whether faults strike at the end of a step (1), or anywhere (None)."""
+def _struck(
+  runs: Sequence[list[Event]], runtime: str, turn_s: float
+) -> float | None:
+  """Which part of a step has passed when a fault strikes.
+
+  On processes any (None); elsewhere always the same, measured.
+  """
+  if runtime == "process":
+    return None
   parts = []
   for events in runs:
     for fault in of_kind(events, "fault"):
@@ -259,7 +268,7 @@ def _struck(runs: Sequence[list[Event]], turn_s: float) -> float | None:
         since_s = fault["t"] - before[-1]["t"] - turn_s
         usual_s = median(e["seconds"] for e in before[-9:])
         parts.append(since_s / usual_s)
-  return 1.0 if median(parts, 1.0) > 0.8 else None
+  return min(median(parts, 1.0), 1.0)
 
 
 # -- behind traffic, and starts

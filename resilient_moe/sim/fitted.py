@@ -19,6 +19,7 @@ from resilient_moe.sim.timing import Spent
 
 SHIPPED = pathlib.Path(__file__).parent / "calibrations"
 ANY = "*"  # whatever has no number of its own
+COLD = ("stored", "compiled")  # programs that have not run yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +83,9 @@ class Fitted:
       f"{name} {low} to {high}" if low != high else f"{name} {low}"
       for name, (low, high) in a["ranges"].items()
     )
-    return (
-      f"calibrated on {a['runs']} {a['runtime']} runs ({a['steps']} steps, "
-      f"{a['faults']} faults) of {a['machine']}: {ranges}"
-    )
+    runs = f"{a['runs']} {a['runtime']} runs, {a['deployment']}"
+    seen = f"{a['steps']} steps, {a['faults']} faults"
+    return f"calibrated on {runs} ({seen}) of {a['machine']}: {ranges}"
 
   def step_s(self, batch: StepBatch, view: ClusterView) -> float:
     fit = self.prefill if batch.chunks else self.decode
@@ -110,11 +110,19 @@ class Fitted:
     elif isinstance(action, act.Rejoin):
       mesh = [*view.mesh.tolist(), action.rank]
       kind = _source(absent(view.launched, mesh), view)
-    fit = self.actions.get(f"{name}/{kind}") or self.actions.get(
-      name, self.actions[ANY]
-    )
+    fit = self._fit(name, kind)
     links = {kind: nbytes} if nbytes and kind in set(Tier) else {}
     return Spent(fit.fixed + fit.per_byte * nbytes, links)
+
+  def _fit(self, name: str, kind: str) -> ActionFit:
+    """An action's own numbers, else those of what is most like it."""
+    kinds = [kind]
+    if kind in COLD:  # cold is cold: far from warm, wherever it comes from
+      kinds += [other for other in COLD if other != kind]
+    for each in kinds:
+      if f"{name}/{each}" in self.actions:
+        return self.actions[f"{name}/{each}"]
+    return self.actions.get(name, self.actions[ANY])
 
   def plan_s(self, policy: str) -> float:
     return self.plan.get(policy, self.plan[ANY])

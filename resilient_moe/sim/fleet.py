@@ -24,7 +24,7 @@ from resilient_moe.sim.fleet_carry import restarts
 from resilient_moe.sim.fleet_faults import Layout, draw
 from resilient_moe.sim.fleet_group import Group
 from resilient_moe.sim.fleet_queue import Demand
-from resilient_moe.sim.fleet_service import prompt_steps
+from resilient_moe.sim.fleet_service import Service, prompt_steps
 from resilient_moe.sim.fleet_setting import (
   Memory,
   Setting,
@@ -146,7 +146,7 @@ def simulate(
   make = functools.partial(
     template, costs=costs, load=load, memory=study.memory, shape=study.shape
   )
-  plain = make(bare(study, 0), bare_policy).service.capacity
+  plain = make(bare(study, 0), bare_policy).service
   demand = _demand(study, load, plain)
   layout = Layout(
     study.groups, study.ranks + policy.spares, study.devices_per_host,
@@ -180,17 +180,20 @@ def simulate(
   assert first.healthy is not None
   total.counts.add(first.healthy.total, quiet)
   total.records.sort(key=lambda r: (r["t_s"], r["group"]))
-  sample = _sample(study, policy, first, plain, total, load)
+  sample = _sample(study, policy, first, plain.capacity, total, load)
   sample.update(seed=seed, events=faults.failures, struck=len(faults.struck))
   return Result(sample, total.records)
 
 
-def _demand(study: Study, load: Load, capacity: float) -> Demand:
+def _demand(study: Study, load: Load, plain: Service) -> Demand:
   """Requests of a group, whose mean is a part of the bare capacity."""
+  capacity = plain.capacity
   rate = study.utilisation * capacity
+  steps = prompt_steps(load, study.shape.chunk)
+  first_token_s = plain.first_token_s(plain.running(rate), steps)
   return Demand(
     rate * load.relative,
-    study.ttft_slo_s,
+    max(study.ttft_slo_s - first_token_s, 0.0),
     study.patience_s,
     study.patience_s * capacity,
   )
@@ -235,9 +238,8 @@ def _sample(
   on_device, on_host = extra_bytes(prepared, study.memory, study.shape)
   each = service.capacity / (study.ranks + policy.spares)
   steps = prompt_steps(load, study.shape.chunk)
-  prefill_s = steps * service.step_at(
-    service.running(study.utilisation * plain)
-  )
+  running = service.running(study.utilisation * plain)
+  prefill_s = service.first_token_s(running, steps)
   stalls = tally.stalls
   return {
     "policy": policy.name,
@@ -274,6 +276,8 @@ def _sample(
     "kv_bytes_restored": tally.kv_bytes,
     "redundancy_device_bytes": study.groups * on_device,
     "redundancy_host_bytes": study.groups * on_host,
+    "redundancy_memory": on_device
+    / ((study.ranks + policy.spares) * study.memory.device_bytes),
     "spare_devices": study.groups * policy.spares,
     "rows_per_rank": prepared.view.rows_per_rank,
     "slots_per_rank": prepared.view.slots_per_rank,

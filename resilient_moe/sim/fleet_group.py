@@ -172,10 +172,12 @@ class Group:
       world.tally.fallbacks += 1
       world.record["fallback"] = plan.reason
       plan = self._plan(self._setting.fallback, failure)
+    left, world.view = world.view, lose(world.view, failure.ranks)
+    # A restart takes whatever is there: who only lost its process, too.
     if isinstance(plan, Infeasible) or (restarts(plan) and self._idle()):
-      world.view = lose(world.view, failure.ranks)
       self._restart_whole()
       return
+    world.view = left
     if world.stopped_s is None:
       world.seat()
     self._carrier.begin(plan)

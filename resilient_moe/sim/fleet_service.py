@@ -2,8 +2,10 @@
 
 Steady state of continuous batching on a rank with `n` rows: each step makes n
 tokens, ends `n / G` requests (G: new tokens of a request) and so prefills
-`n C / G` prompt tokens of those who follow (C: prompt). One call of the cost
-model gives that step's seconds, so a rank starts `n / (G step_s)` requests a
+`n C / G` prompt tokens of those who follow (C: prompt). They come in chunks: a
+rank has one in a part `p` of its steps, some rank in `1 - (1 - p)^R` of them,
+and everybody waits for who has. Two calls of the cost model, with and without,
+give the mean step's seconds, so a rank starts `n / (G step_s)` requests a
 second. Load below that runs with fewer rows: the rate is a concave line over
 n, read backwards. A rank prefills one chunk of one prompt a step (the project's
 scheduler), so a prompt of `s` chunks sits in a row for s steps more, and no
@@ -19,7 +21,8 @@ from resilient_moe.recovery.view import ClusterView
 from resilient_moe.sim.arrivals import Load
 from resilient_moe.sim.cost_model import Costs, StepLoad
 
-_POINTS = 6  # of the line over n; it is smooth
+_POINTS = 7  # of the line over n; it is smooth
+_LEAST = 0.1  # rows of a rank, on the mean of many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +30,13 @@ class Service:
   """What a group in one state serves.
 
   `rows` and `step_s` are points of the line: rows of a rank that decode, and
-  the seconds of its step with the prefill that keeps it going.
+  the mean seconds of a step with the prefill that keeps it going.
   """
 
   ranks: int  # that take requests
   rows: np.ndarray  # [n] float, ascending
   step_s: np.ndarray  # [n]
+  filling_s: np.ndarray  # [n] of a step in which somebody prefills
   generated: float  # new tokens of a request
   slowdown: float = 1.0
 
@@ -62,6 +66,11 @@ class Service:
     """Seconds of a step with `rows` a rank: the gap between two tokens."""
     return float(np.interp(rows, self.rows, self.step_s)) * self.slowdown
 
+  def first_token_s(self, rows: float, steps: float) -> float:
+    """From a row to the first token: half a step, then its prompt's `steps`."""
+    filling_s = float(np.interp(rows, self.rows, self.filling_s))
+    return (steps + 0.5) * filling_s * self.slowdown
+
 
 def service(
   costs: Costs,
@@ -83,12 +92,15 @@ def service(
   """
   ranks = request_ranks(view)
   if rows < 1 or not len(ranks):
-    return Service(0, np.zeros(0), np.zeros(0), load.generated_mean)
+    none = np.zeros(0)
+    return Service(0, none, none, none, load.generated_mean)
   most = decoding_rows(load, rows, chunk)
-  points = np.geomspace(min(1.0, most), most, _POINTS)
-  step_s = [step_of(costs, view, load, ranks, n) for n in points.tolist()]
-  streamed_s = np.array(step_s) + stream_s * points
-  return Service(len(ranks), points, streamed_s, load.generated_mean)
+  points = np.geomspace(min(_LEAST, most), most, _POINTS)
+  both = [
+    step_of(costs, view, load, ranks, n, chunk) for n in points.tolist()
+  ]
+  step_s, filling_s = np.array(both).T + stream_s * points
+  return Service(len(ranks), points, step_s, filling_s, load.generated_mean)
 
 
 def prompt_steps(load: Load, chunk: int) -> float:
@@ -103,20 +115,36 @@ def decoding_rows(load: Load, rows: int, chunk: int) -> float:
 
 
 def step_of(
-  costs: Costs, view: ClusterView, load: Load, ranks: np.ndarray, rows: float
-) -> float:
-  """Seconds of a step with `rows` rows on each of `ranks` [D]."""
-  ones = np.ones(len(ranks))
-  chunk = rows * load.context_mean / load.generated_mean
-  batch = StepLoad(
-    ranks=ranks.astype(np.int64),
-    rows=rows * ones,
-    context=rows * load.running_context * ones,
-    chunk=chunk * ones,
+  costs: Costs,
+  view: ClusterView,
+  load: Load,
+  ranks: np.ndarray,
+  rows: float,
+  chunk: int,
+) -> tuple[float, float]:
+  """Mean seconds of a step with `rows` rows on each of `ranks` [D].
+
+  And those of a step in which somebody prefills.
+  """
+  steps, count = prompt_steps(load, chunk), len(ranks)
+  mine = min(rows / load.generated_mean * steps, 1.0)
+  some = 1 - (1 - mine) ** count
+  with_chunk = count * mine / some if some else 0.0  # of those steps
+  busy = np.arange(count) < max(round(with_chunk), 1)
+  size = load.context_mean / steps * busy
+  ones = np.ones(count)
+
+  def seconds(chunks: np.ndarray) -> float:
     # A prompt's token attends to half of the prompt; long ones weigh more.
-    chunk_context=chunk * _prompt_context(load) * ones,
-  )
-  return costs.step_s(view, batch)
+    seen = chunks * _prompt_context(load)
+    context = rows * load.running_context * ones
+    return costs.step_s(
+      view,
+      StepLoad(ranks.astype(np.int64), rows * ones, context, chunks, seen),
+    )
+
+  filling_s = seconds(size)
+  return some * filling_s + (1 - some) * seconds(0 * ones), filling_s
 
 
 def _prompt_context(load: Load) -> float:
@@ -142,7 +170,7 @@ def rows_within(
   while low < high:
     middle = (low + high + 1) // 2
     n = decoding_rows(load, middle, chunk)
-    if step_of(costs, view, load, ranks, n) <= step_s:
+    if step_of(costs, view, load, ranks, n, chunk)[0] <= step_s:
       low = middle
     else:
       high = middle - 1

@@ -82,9 +82,15 @@ def placement(slots_per_rank: int) -> np.ndarray:
   other experts share the other slots, copies as far apart as possible.
 
   Raises:
-    ValueError: the other experts would have no second copy.
+    ValueError: the other experts would have no second copy, or after the
+      largest loss not every expert a slot.
   """
   total, experts = RANKS * slots_per_rank, _MODEL.n_experts
+  if (RANKS - max(CASES)) * slots_per_rank < experts:
+    raise ValueError(
+      f"{slots_per_rank} slots a rank: {experts} experts need more on the "
+      f"{RANKS - max(CASES)} ranks that are left"
+    )
   single = round(CASES[1].dram * (RANKS - 1) * total)
   rest = total - single
   if single > experts or rest < 2 * (experts - single):
@@ -164,10 +170,12 @@ def compose(
     what = _ONE if f > 1 else "itself"
     given = [
       ("share of slots from DRAM", "", case.dram, dram, ""),
-      ("weight load", "s", case.load_s, load_s, ""),
+      ("weight load", "s", case.load_s, load_s,
+       "as our policy places them: the busiest rank decides"),
       ("GPU to GPU", "s", case.gpu_s, gpu_s, "scaled by bytes"),
-      ("recovery", "s", case.total_s, rest + gpu_s + load_s, ""),
-    ]
+      ("recovery", "s", case.total_s, rest + gpu_s + load_s,
+       f"+ {rest:.2f} s of detection and metadata"),
+    ]  # fmt: skip
     rows += [
       Row("EEP", f"{f} lost: {name}", unit, published, simulated, kind, what,
           assumes, note)

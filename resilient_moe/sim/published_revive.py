@@ -65,9 +65,11 @@ def _weights(base: Device, attention: int) -> Device:
 
   The baseline loads all ranks at once in as long as the role switch loads
   one: what limits it is a rank's own (deserialise, copy), no shared disk.
+  The rank with most to load takes all of that time.
   """
   held = -(-_MODEL.n_experts // (RANKS - attention))
-  rate = held * _MODEL.expert_bytes / LOAD_S
+  most = max(held * _MODEL.expert_bytes, _MODEL.dense_bytes)
+  rate = most / LOAD_S
   case = "ReviveMoE: generator init + weight load, 45 s, of the baseline"
   return from_case(base, case, host__bytes_per_s=rate, disk__bytes_per_s=1e12)
 

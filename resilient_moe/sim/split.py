@@ -15,7 +15,11 @@ import numpy as np
 
 from resilient_moe import recovery as rm
 from resilient_moe.faults import LINK_KINDS, Fault, Moment
-from resilient_moe.recovery.checks import expert_ranks, request_ranks
+from resilient_moe.recovery.checks import (
+  expert_ranks,
+  request_ranks,
+  uncovered,
+)
 from resilient_moe.serving.backend import Outcome, Placed, Stepped
 from resilient_moe.serving.scheduler import StepBatch
 from resilient_moe.sim.backend import Domain, Flight, SimulatedBackend
@@ -193,7 +197,7 @@ class SplitSimulated(SimulatedBackend):
     used = np.unique(table[table >= 0]).tolist()
     cut = {e for a, e in self._cut if a == aw}
     silent = [e for e in used if e not in self.there or e in cut]
-    if not silent:
+    if not silent and not len(uncovered(self.facts)):
       return
     news = [e for e in silent if (aw, e) not in self._known]
     missing = self._missing(aw, cut)
@@ -202,8 +206,10 @@ class SplitSimulated(SimulatedBackend):
     for ew in news if not missing else [e for e in silent if e in cut]:
       if ew in self.there and (not missing or self._holds(ew, missing)):
         self._report_link(aw, ew, not missing, when_s)
-    if missing:
-      self.give_up(flight, when_s + self.timing.heal_s(self.facts))
+    if missing:  # it waits for a push that helps, until it is told of a plan
+      told_s = [self.unnoticed.get(e, 0.0) for e in silent]
+      ends_s = max([when_s + self.timing.heal_s(self.facts), *told_s])
+      self.give_up(flight, ends_s)
       return
     for ew in news:
       self._known.add((aw, ew))

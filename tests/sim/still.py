@@ -7,7 +7,7 @@ from resilient_moe import recovery as rm
 from resilient_moe.faults import Schedule
 from resilient_moe.report import History
 from resilient_moe.serving.backend import Placed
-from resilient_moe.serving.request import Request
+from resilient_moe.serving.request import Request as Request
 from resilient_moe.serving.scheduler import StepBatch
 from resilient_moe.sim.case import ModelFacts, SimulatedCase
 from resilient_moe.sim.clock import VirtualClock

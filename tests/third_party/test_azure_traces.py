@@ -1,5 +1,6 @@
 """The trace reader: small files always, the published ones where they are."""
 
+import json
 import os
 import pathlib
 import statistics
@@ -80,3 +81,29 @@ def test_the_published_traces(
   assert round(statistics.fmean(r.context_tokens for r in records)) == context
   mean = statistics.fmean(r.generated_tokens for r in records)
   assert round(mean) == generated
+
+
+@pytest.mark.parametrize("name", ["code", "conv"])
+def test_what_ships_is_derived_from_the_published_traces(repository, name):
+  folder = pathlib.Path(
+    os.environ.get("RMOE_TRACES") or repository.parent / "shared" / "traces"
+  )
+  path = folder / azure_traces.FILES[name]
+  if not path.is_file():
+    pytest.skip(f"no {path.name}: set RMOE_TRACES to the folder that holds it")
+  shipped = repository / "resilient_moe" / "assets" / "azure_statistics.json"
+  found = azure_traces.statistics(azure_traces.read(path))
+  assert json.loads(shipped.read_text())["traces"][name] == found
+
+
+def test_statistics_of_a_few_requests_are_known_by_hand():
+  at = [0.0, 0.2, 30.0, 61.0, 130.0, 130.5, 131.0, 181.0]
+  records = [azure_traces.Record(t, 10 * i, i) for i, t in enumerate(at)]
+  found = azure_traces.statistics(records)
+  assert (found["requests"], found["minutes"]) == (8, 3)
+  assert found["rate_per_s"] == pytest.approx(7 / 180, rel=1e-4)
+  assert found["context_quantiles"][0] == [0.0, 0.0]
+  assert found["context_quantiles"][-1] == [1.0, 70.0]
+  assert found["rank_correlation"] == pytest.approx(1)
+  with pytest.raises(ValueError, match="2 whole minutes"):
+    azure_traces.statistics(records[:6])

@@ -60,7 +60,8 @@ def assemble(
   weights.filled()
   stage.done("placing")
   backend = SplitEmulated(
-    view, plans.standing, store, weights, make_checkpointer(plans, recorder),
+    view, plans.standing, store, weights,
+    make_checkpointer(case, plans, recorder),
     Readiness(executables, folder, len(devices), recorder.write),
     make_injector(case, plans, fresh), recorder.write, recorder.now_s,
     seed=case.seed,

@@ -144,6 +144,7 @@ def test_tokens_through_faults(
   case = apart(
     lab, policy, drawn(name, attention, seed), attention=attention, seed=seed,
     scenario=name, policy_kwargs={"losses": losses} if losses > 1 else {},
+    sim={"by_step": True},
   )  # fmt: skip
   host = Host(lab, case)
   host.run()

@@ -1,0 +1,357 @@
+"""How wrong the fleet study's closed form is: against stepping, where both can.
+
+  python -m experiments.fleet_check --workdir=DIR [--ranks=8,16] [--seed=0]
+
+The same requests and the same lost rank, once through the simulated runtime
+(every step, `sim.run`), once through the closed form (`sim.fleet_group`), over
+the same cost model: tokens made within the window, the mean gap between the
+tokens of a request, waits for the first token, the stall of the fault, and
+tokens a second when there is always more to do. DIR gets `closed_form.md` and
+`.csv`.
+"""
+
+import csv
+import dataclasses
+import io
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from resilient_moe import recovery
+from resilient_moe.faults import Fault
+from resilient_moe.report import Recorder
+from resilient_moe.report.runs import write_text
+from resilient_moe.report.table import grid, short
+from resilient_moe.serving.request import Request
+from resilient_moe.sim import arrivals, fleet
+from resilient_moe.sim.case import ModelFacts, SimulatedCase
+from resilient_moe.sim.clock import VirtualClock
+from resilient_moe.sim.cost import Roofline
+from resilient_moe.sim.devices import device
+from resilient_moe.sim.failure_rates import failure_model
+from resilient_moe.sim.fleet_faults import Strike
+from resilient_moe.sim.fleet_group import Group
+from resilient_moe.sim.fleet_queue import Demand
+from resilient_moe.sim.fleet_service import prompt_steps
+from resilient_moe.sim.fleet_setting import (
+  Memory,
+  Setting,
+  Shape,
+  Template,
+  template,
+)
+from resilient_moe.sim.roofline_timing import RooflineTiming
+from resilient_moe.sim.run import Run
+from resilient_moe.sim.shapes import shape
+
+MODEL, DEVICE = "qwen3-235b-a22b", "h200"  # slow steps: there are fewer
+KWARGS: dict[str, dict[str, Any]] = {"kv_restore": {"replicas": 0}}  # it fits
+POLICIES = ("mesh_shrink", "kv_restore", "restart_cached")
+UTILISATIONS = (0.4, 0.8)
+START_S = 3000.0  # engines have started, meshes are ready
+FAULT_S = 60.0  # after that
+WINDOW_S = 120.0
+DETECT_S = 1.0
+CHUNK = 512
+ROWS = 8  # of a rank: few, so that stepping ends
+SLO_S = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+  """What both ways say of one run."""
+
+  tokens: float  # made within the window
+  gap_s: float  # mean, between tokens of a request, before the fault
+  ttft_p50_s: float
+  in_time: float  # part of the requests whose first token came in time
+  stall_s: float  # of the fault
+
+
+class _Steps(Recorder):
+  """Keeps when which request had a token; and when it came."""
+
+  def __init__(self, clock: VirtualClock) -> None:
+    super().__init__(clock.now)
+    self.times: dict[str, list[float]] = {}
+    self.came: dict[str, float] = {}
+    self.fault_s = 0.0
+
+  def write(self, event: str, t: float | None = None, **fields: Any) -> None:
+    at = self.now_s() if t is None else t
+    if event == "step":
+      for name, _, _ in fields["emitted"]:
+        self.times.setdefault(name, []).append(at)
+    elif event == "accepted":
+      self.came[fields["request_id"]] = at
+    elif event == "fault":
+      self.fault_s = at
+
+  def _record(self, line: str) -> None:
+    """Nothing else is kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """One comparison."""
+
+  policy: recovery.RecoveryPolicy
+  ranks: int
+  costs: Roofline
+  load: arrivals.Load
+  prepared: Template
+  rows: int  # that the policy prepared from
+  of: fleet.Study
+
+
+def setup(name: str, ranks: int, load: arrivals.Load) -> Setup:
+  """A group on one node."""
+  model, hardware = shape(MODEL), device(DEVICE)
+  costs = Roofline(hardware, model, chunk=CHUNK)
+  of = fleet.Study(
+    model=fleet.Model(
+      model.n_experts, model.top_k, model.expert_bytes, model.token_kv_bytes
+    ),
+    memory=Memory(float(hardware.memory_bytes), float(model.dense_bytes)),
+    shape=Shape(4096.0, CHUNK, ROWS, 10.0),
+    failures=failure_model("never"),
+    groups=1,
+    ranks=ranks,
+    devices_per_host=ranks,
+    detect_s=DETECT_S,
+  )
+  policy = recovery.load(name, **KWARGS.get(name, {}))
+  prepared = template(
+    fleet.bare(of, policy.spares), policy, costs, load, of.memory, of.shape
+  )
+  rows = next(
+    n
+    for n in range(ROWS, 0, -1)
+    if _rows(of, policy, n) <= prepared.view.rows_per_rank
+  )
+  return Setup(policy, ranks, costs, load, prepared, rows, of)
+
+
+def _rows(of: fleet.Study, policy: recovery.RecoveryPolicy, n: int) -> int:
+  view = dataclasses.replace(fleet.bare(of, policy.spares), rows_per_rank=n)
+  return policy.prepare(view).rows_per_rank
+
+
+def stepped(made: Setup, drawn: arrivals.Arrivals, fault: bool) -> _Steps:
+  """Every step of the serving loop, in virtual time."""
+  model = shape(MODEL)
+  facts = ModelFacts(
+    vocab_size=model.vocab_size,
+    n_experts=model.n_experts,
+    top_k=model.top_k,
+    moe_layers=model.moe_layers,
+    expert_bytes=model.expert_bytes,
+    dense_bytes=model.dense_bytes,
+    token_kv_bytes=model.token_kv_bytes,
+    embedding_bytes=model.d_model * 2,
+  )
+  longest = int((drawn.context + drawn.generated).max()) + 1
+  requests = tuple(
+    Request(
+      f"q{i:05d}", (1,) * int(c), int(g), arrival_step=None,
+      arrival_s=START_S + float(t),
+    )
+    for i, (t, c, g) in enumerate(
+      zip(drawn.arrival_s, drawn.context, drawn.generated, strict=True)
+    )
+  )  # fmt: skip
+  case = SimulatedCase(
+    name=made.policy.name, policy=made.policy, scenario="check", seed=0,
+    deployment="collocated", ranks=made.ranks, attention=0, model=facts,
+    rows=made.rows, chunk=CHUNK, max_len=longest, cache_len=longest,
+    requests=requests, wait_ready=False,
+    faults=(Fault("rank_lost", (3,), at_s=START_S + FAULT_S),) if fault else (),
+  )  # fmt: skip
+  clock = VirtualClock()
+  history = _Steps(clock)
+  timing = RooflineTiming(
+    made.costs, "check", detect=DETECT_S, plan=0.0, turn_s=0.0
+  )
+  Run(case, timing, clock, history).run()
+  return history
+
+
+def measured(history: _Steps, fault: bool) -> Numbers:
+  """The numbers of a stepped run."""
+  end_s = START_S + WINDOW_S
+  tokens = sum(t <= end_s for each in history.times.values() for t in each)
+  # It fills up in the first half.
+  from_s, to_s = START_S + FAULT_S / 2, START_S + FAULT_S
+  gaps = [
+    gap
+    for each in history.times.values()
+    for gap in np.diff([t for t in each if from_s <= t <= to_s]).tolist()
+  ]
+  first = {n: each[0] - history.came[n] for n, each in history.times.items()}
+  stalls = []
+  for each in history.times.values():
+    before = [t for t in each if t <= history.fault_s]
+    after = [t for t in each if t > history.fault_s]
+    if fault and before and after:
+      stalls.append(after[0] - history.fault_s)
+  waits = np.array(list(first.values()))
+  return Numbers(
+    float(tokens), float(np.mean(gaps)), float(np.median(waits)),
+    float((waits <= SLO_S).mean()),
+    float(np.median(stalls)) if stalls else 0.0,
+  )  # fmt: skip
+
+
+def closed(made: Setup, drawn: arrivals.Arrivals, fault: bool) -> Numbers:
+  """The fleet study's way, for the same minutes and lengths."""
+  load, prepared = made.load, made.prepared
+  minutes = np.bincount((drawn.arrival_s // 60).astype(int))
+  # Behind the last arrival the queue runs dry.
+  rates = np.concatenate([minutes / 60, np.zeros(60)])
+  service = prepared.service
+  running = service.running(float(minutes.mean() / 60))
+  prefill_s = service.first_token_s(running, prompt_steps(load, CHUNK))
+  demand = Demand(rates, SLO_S - prefill_s, 1e9, 1e9)
+  setting = Setting(
+    made.policy, recovery.load("restart_cached"), made.costs, load,
+    made.of.memory, made.of.shape, demand, DETECT_S, 60.0,
+  )  # fmt: skip
+
+  def run(until_s: float) -> Any:
+    group = Group(setting, prepared, 0, np.random.default_rng(0))
+    strikes = [Strike(FAULT_S, "device", (3,), (1e9,))] if fault else []
+    return group.run(strikes, [], until_s)
+
+  window, whole = run(WINDOW_S), run(60.0 * len(rates))
+  early = service.running(float(minutes[0] / 60))
+  late = service.running(float(minutes[-1] / 60))
+  # Who runs at the end has still to make half of a long request's tokens.
+  longs = float((load.generated**2).sum() / load.generated.sum())
+  open_tokens = late * service.ranks * longs / 2
+  counts = whole.counts
+  return Numbers(
+    window.counts.started * load.generated_mean - open_tokens,
+    service.step_at(early),
+    counts.wait_s(0.5) + prefill_s,
+    counts.in_time / counts.started,
+    whole.stalls[0][0] if whole.stalls else 0.0,
+  )
+
+
+def saturated(made: Setup, drawn: arrivals.Arrivals) -> tuple[float, float]:
+  """Tokens a second with everything there at once: stepped, closed."""
+  n = min(len(drawn.arrival_s), 8 * made.ranks * ROWS)
+  many = arrivals.Arrivals(
+    np.zeros(n), drawn.context[:n], drawn.generated[:n]
+  )
+  history = stepped(made, many, False)
+  times = np.sort(
+    np.array([t for each in history.times.values() for t in each])
+  )
+  # While all rows are full: between a fifth and a half of the tokens.
+  low, high = len(times) // 5, len(times) // 2
+  rate = (high - low) / (times[high] - times[low])
+  capacity = made.prepared.service.capacity * made.load.generated_mean
+  return float(rate), capacity
+
+
+def compare(
+  name: str, ranks: int, utilisation: float, seed: int
+) -> dict[str, Any]:
+  """One row: both numbers of each column."""
+  of = arrivals.statistics("conv")
+  rng = np.random.default_rng([seed, ranks])
+  context, generated = arrivals.draw_lengths(of, 4096, rng)
+  load = arrivals.Load("conv", np.ones(1), context, generated)
+  made = setup(name, ranks, load)
+  rate = utilisation * made.prepared.service.capacity
+  drawn = arrivals.generate(of, WINDOW_S, rng, rate)
+  # The lengths of those who came, not of those who could have come.
+  made = setup(
+    name, ranks, arrivals.Load("conv", np.ones(1), drawn.context,
+                               drawn.generated),
+  )  # fmt: skip
+  steps = measured(stepped(made, drawn, True), True)
+  form = closed(made, drawn, True)
+  row: dict[str, Any] = {
+    "policy": name, "ranks": ranks, "utilisation": utilisation,
+    "requests": len(drawn.arrival_s),
+  }  # fmt: skip
+  for field in dataclasses.fields(Numbers):
+    row[field.name] = (getattr(steps, field.name), getattr(form, field.name))
+  if utilisation == max(UTILISATIONS) and name == POLICIES[0]:
+    row["saturated_tokens_per_s"] = saturated(made, drawn)
+  return row
+
+
+def to_tables(rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
+  """Markdown and CSV; the error is of the closed form, over the stepped."""
+  names = ["policy", "ranks", "utilisation", "requests"]
+  pairs = [f.name for f in dataclasses.fields(Numbers)]
+  pairs.append("saturated_tokens_per_s")
+  out = io.StringIO()
+  writer = csv.writer(out, lineterminator="\n")
+  header = list(names)
+  for name in pairs:
+    header += [f"{name}_stepped", f"{name}_closed", f"{name}_error"]
+  writer.writerow(header)
+  body = []
+  for row in rows:
+    plain = [str(row[name]) for name in names]
+    cells, shown = list(plain), list(plain)
+    for name in pairs:
+      if name not in row:
+        cells += [""] * 3
+        shown.append("-")
+        continue
+      seen, said = row[name]
+      error = said / seen - 1 if seen else 0.0
+      cells += [repr(seen), repr(said), repr(error)]
+      shown.append(f"{short(seen)} / {short(said)} ({100 * error:+.1f}%)")
+    writer.writerow(cells)
+    body.append(shown)
+  table = grid([*names, *pairs], body)
+  note = (
+    f"Stepped / closed form (error). {MODEL} on {DEVICE}, drawn Azure `conv` "
+    f"requests of {WINDOW_S:g} s, rank 3 lost after {FAULT_S:g} s, reported "
+    f"{DETECT_S:g} s later."
+  )
+  text = f"### Closed form against stepping\n\n{table}\n{note}\n"
+  return text, out.getvalue()
+
+
+def launch(argv: Sequence[str]) -> int:
+  """Compares, prints and writes the tables; the exit status."""
+  given = dict(arg.lstrip("-").partition("=")[::2] for arg in argv[1:])
+  unknown = set(given) - {"workdir", "ranks", "seed"}
+  try:
+    if unknown or not given.get("workdir"):
+      raise ValueError(
+        f"{sorted(unknown) or 'no --workdir'}; flags: --workdir=DIR, "
+        "--ranks=8,16, --seed=0"
+      )
+    ranks = [int(each) for each in given.get("ranks", "8,16").split(",")]
+    seed = int(given.get("seed", 0))
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  rows = []
+  for count in ranks:
+    for utilisation in UTILISATIONS:
+      for name in POLICIES:
+        rows.append(compare(name, count, utilisation, seed))
+        print(f"{name}, {count} ranks, {utilisation:g}: done", flush=True)
+  folder = pathlib.Path(given["workdir"])
+  folder.mkdir(parents=True, exist_ok=True)
+  text, table = to_tables(rows)
+  write_text(folder / "closed_form.md", text)
+  write_text(folder / "closed_form.csv", table)
+  print(f"\n{text}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(launch(sys.argv))
