@@ -8,19 +8,24 @@
 #
 #   make demo PYTHON=python3.12               choose the interpreter
 #   make test PYTEST_ARGS='-m "not slow"'     choose the tests
+#   make test REFERENCE=                      without torch and transformers,
+#     which the tests of public checkpoints compare with: those are skipped
 #   make test PYTEST_ARGS='-n 2'              several at once: jax uses every
 #     core by itself, so this pays on machines with more than two, and tests
 #     that compare times are steadier without it
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+REFERENCE ?= reference
 
+COMMA := ,
 SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 PINS := setup.cfg pyproject.toml constraints/py311.txt constraints/py312.txt
 RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
+REFERENCE_STAMP := $(VENV)/.installed-reference
 
 # One word per package as pip reaches it, so that a slow network can be seen.
 PROGRESS := awk ' \
@@ -55,7 +60,7 @@ demo: $(RUN_STAMP)
 	$(BIN)/python -m experiments.run --config=configs/quickstart.py \
 	  --workdir=runs/quickstart
 
-test: $(TEST_STAMP)
+test: $(if $(REFERENCE),$(REFERENCE_STAMP),$(TEST_STAMP))
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 lint: $(TEST_STAMP)
@@ -78,6 +83,11 @@ $(RUN_STAMP): $(PINS) | $(BIN)/python
 # Holds the former, so that a fresh machine installs once for either.
 $(TEST_STAMP): $(PINS) | $(BIN)/python
 	$(call install,.[test],$(RUN_STAMP) $(TEST_STAMP))
+
+# Holds both.
+$(REFERENCE_STAMP): $(PINS) | $(BIN)/python
+	$(call install,.[test$(COMMA)$(REFERENCE)],$(RUN_STAMP) $(TEST_STAMP) \
+	  $(REFERENCE_STAMP))
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

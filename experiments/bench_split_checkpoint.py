@@ -35,7 +35,7 @@ class Bytes(NamedTuple):
 
 def formula(config: ModelConfig) -> float:
   """Checkpoint bytes over exchange bytes where nothing is shared."""
-  kv = 2 * config.n_kv_heads * config.head_dim
+  kv = config.kv_heads * config.kv_width
   return kv / (2 * config.top_k * config.d_model)
 
 

@@ -13,7 +13,7 @@ class Asked(NamedTuple):
   """The command line, parsed."""
 
   config: ml_collections.ConfigDict
-  workdir: pathlib.Path | None
+  workdir: pathlib.Path  # the current one where a launcher writes nothing
 
 
 def parse(argv: Sequence[str], example: str, workdir: bool = True) -> Asked:
@@ -49,7 +49,7 @@ def parse(argv: Sequence[str], example: str, workdir: bool = True) -> Asked:
   if not given:
     raise ValueError(f"--config is missing; there is {example}")
   if not workdir:
-    return Asked(values.config, None)
+    return Asked(values.config, pathlib.Path())
   if not values.workdir:
     raise ValueError("--workdir is missing; needed is a folder for results")
   return Asked(values.config, pathlib.Path(values.workdir).absolute())

@@ -37,6 +37,7 @@ from resilient_moe.model.config import ModelConfig
 from resilient_moe.model.presets import PRESETS, preset
 from resilient_moe.model.sizes import model_size
 from resilient_moe.report.table import grid
+from third_party import huggingface
 
 CONTEXTS = (1024, 4096, 16_384, 65_536, 131_072)
 BAD_INPUT = 2
@@ -56,9 +57,7 @@ def model_of(name: str, dtype: str) -> ModelConfig:
       f"model={name!r} is neither a folder with a config.json nor a preset; "
       f"presets: {', '.join(PRESETS)}"
     )
-  if is_huggingface(folder):
-    from third_party import huggingface
-
+  if huggingface.is_checkpoint(folder):
     return huggingface.read_config(folder, dtype)
   return dataclasses.replace(read_config(folder), dtype=dtype)
 
@@ -222,11 +221,6 @@ def _survival(
 def _word(outcome: Outcome, kind: str) -> str:
   text = outcome.answers[kind].text
   return f"{text} (doesn't fit)" if outcome.short_bytes else text
-
-
-def is_huggingface(folder: pathlib.Path) -> bool:
-  """Whether a folder's `config.json` is a public checkpoint's, not ours."""
-  return '"model_type"' in (folder / "config.json").read_text("utf-8")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -53,7 +53,8 @@ def test_every_dependency_is_pinned(repository, pins):
   setup = configparser.ConfigParser()
   setup.read(repository / "setup.cfg")
   lines = setup["options"]["install_requires"].splitlines()
-  lines += setup["options.extras_require"]["test"].splitlines()
+  for extra in ("test", "text", "reference"):
+    lines += setup["options.extras_require"][extra].splitlines()
   names = {re.split(r"[<>=\[]", line)[0] for line in lines if line}
   assert {_normal(n) for n in names if not n.startswith("#")} <= pinned
 

@@ -13,16 +13,11 @@ openai/gpt-oss-120b).
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 from resilient_moe.model.config import ModelConfig
-
-
-def _yarn_magnitude(factor: float, mscale: float) -> float:
-  """YaRN's stretch of the scores (arXiv 2309.00071, section 3.4)."""
-  return 0.1 * mscale * math.log(factor) + 1.0
+from resilient_moe.model.rope import yarn_magnitude
 
 
 def _mixtral_8x7b() -> ModelConfig:
@@ -93,7 +88,7 @@ def _deepseek(mscale: float, **others: Any) -> ModelConfig:
   `mscale` and `mscale_all_dim` are equal, so that cos and sin stay as they
   are and the scores are scaled.
   """
-  stretch = _yarn_magnitude(40.0, mscale)
+  stretch = yarn_magnitude(40.0, mscale)
   return ModelConfig(
     attention="mla",
     kv_rank=512,
@@ -173,7 +168,7 @@ def _gpt_oss(n_layers: int, n_experts: int) -> ModelConfig:
     rope_factor=32.0,
     rope_length=4096,
     rope_truncate=False,
-    rope_magnitude=_yarn_magnitude(32.0, 1.0),
+    rope_magnitude=yarn_magnitude(32.0),
     norm_eps=1e-5,
     tied_embeddings=False,
   )

@@ -27,12 +27,15 @@ def pairwise_sum(x: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-  """RMSNorm in float32, cast, then scaled: [..., D], [D] -> [..., D]."""
-  y = x.astype(jnp.float32)
-  mean = pairwise_sum(y * y)[..., None] / y.shape[-1]
-  return (y * jax.lax.rsqrt(mean + eps)).astype(x.dtype) * scale.reshape(
-    (1,) * (x.ndim - 1) + scale.shape
-  )
+  """RMSNorm in float32, cast, then scaled: [..., D], [D] -> [..., D].
+
+  As a matrix whatever it is: with more axes XLA's CPU code for it contracts
+  products and sums otherwise for other numbers of rows (seen for heads).
+  """
+  y = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+  mean = pairwise_sum(y * y)[:, None] / y.shape[-1]
+  y = (y * jax.lax.rsqrt(mean + eps)).astype(x.dtype) * scale[None, :]
+  return y.reshape(x.shape)
 
 
 def softmax(logits: jax.Array) -> jax.Array:

@@ -36,7 +36,7 @@ class WeightTiers:
     """
     self._reader = open_checkpoint(checkpoint, dtype)
     self.config: ModelConfig = self._reader.config
-    self.dense: Tree = self._reader.dense()
+    self.dense: Tree = jax.tree.map(_aligned, self._reader.dense())
     self._host: dict[int, Tree] = {}
     if host_copy:
       for expert in range(self.config.n_experts):

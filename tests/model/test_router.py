@@ -55,3 +55,80 @@ def test_fewer_live_experts_than_k_leave_the_rest_without_weight():
   experts, weights, _ = route(CONFIG, logits, masked)
   assert set(np.asarray(experts)[0, :2].tolist()) == {0, 4}
   np.testing.assert_allclose(np.asarray(weights)[0], [0.5, 0.5, 0], atol=1e-6)
+
+
+GROUPED = ModelConfig(n_experts=8, top_k=3, expert_groups=4, top_groups=2)
+
+
+def sigmoid_reference(logits, correction, score, renormalise):
+  """DeepSeek-V3's router for one token, in float64."""
+  s = 1 / (1 + np.exp(-logits.astype(np.float64)))
+  biased = s + correction
+  pairs = biased.reshape(4, 2)
+  groups = pairs.sum(1) if score == "top2" else pairs.max(1)
+  best = np.argsort(-groups, kind="stable")[:2]
+  allowed = np.isin(np.arange(8) // 2, best)
+  chosen = np.argsort(-np.where(allowed, biased, -np.inf), kind="stable")[:3]
+  weights = s[chosen] / (s[chosen].sum() if renormalise else 1)
+  return chosen, weights * 2.5
+
+
+@pytest.mark.parametrize("score", ["top2", "max"])
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_sigmoid_router_chooses_with_its_correction_and_weighs_without(
+  score, renormalise, rng
+):
+  config = dataclasses.replace(
+    GROUPED, router="sigmoid_topk", correction_bias=True, group_score=score,
+    norm_topk_prob=renormalise, router_scale=2.5,
+  )  # fmt: skip
+  logits = rng.standard_normal((30, 8)).astype(np.float32)
+  correction = rng.standard_normal(8).astype(np.float32) / 2
+  experts, weights, _ = route(
+    config, jnp.asarray(logits), np.zeros(8, bool), jnp.asarray(correction)
+  )
+  for i in range(30):
+    want, w = sigmoid_reference(logits[i], correction, score, renormalise)
+    np.testing.assert_array_equal(experts[i], want)
+    np.testing.assert_allclose(weights[i], w, rtol=1e-5)
+
+
+def test_softmax_after_top_k_is_over_the_chosen_alone(rng):
+  config = dataclasses.replace(CONFIG, router="topk_softmax")
+  logits = rng.standard_normal((20, 6)).astype(np.float32) * 3
+  experts, weights, _ = route(config, jnp.asarray(logits), NONE)
+  want = np.argsort(-logits, axis=1)[:, :3]
+  np.testing.assert_array_equal(experts, want)
+  best = np.take_along_axis(logits, want, 1).astype(np.float64)
+  np.testing.assert_allclose(weights, softmax(best), atol=1e-6)
+
+
+ROUTERS = {
+  "softmax": ("softmax_topk", "max", False),
+  "sigmoid": ("sigmoid_topk", "top2", True),
+  "sigmoid-max": ("sigmoid_topk", "max", True),
+  "topk": ("topk_softmax", "max", False),
+}
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("gone", [(0,), (0, 1), (0, 2, 4, 6), (1, 2, 3, 4, 7)])
+def test_a_masked_expert_is_chosen_by_no_router(router, gone, rng):
+  """Nor where its groups hold fewer live experts than a token needs."""
+  name, score, corrected = ROUTERS[router]
+  groups = {} if name == "topk_softmax" else {"group_score": score}
+  base = ModelConfig(n_experts=8, top_k=3) if not groups else GROUPED
+  config = dataclasses.replace(
+    base, router=name, correction_bias=corrected, **groups
+  )
+  logits = rng.standard_normal((40, 8)).astype(np.float32)
+  logits[:, list(gone)] += 50  # the best, were they there
+  masked = np.isin(np.arange(8), gone)
+  correction = jnp.asarray(np.where(masked, 9, 0.0), jnp.float32)
+  experts, weights, _ = route(
+    config, jnp.asarray(logits), masked, correction if corrected else None
+  )
+  assert not np.isin(experts, gone).any()
+  assert np.isfinite(weights).all()
+  for row in np.asarray(experts):
+    assert len(set(row.tolist())) == 3

@@ -188,6 +188,7 @@ def test_fp8_blocks_are_scaled_and_further_layers_left_out(tmp_path, rng):
     ({"tie_word_embeddings": 1}, "tie_word_embeddings=1: choose true or"),
     ({"new_gate": 3}, "new_gate=3: this loader doesn't know the field"),
     ({"num_experts": 9}, "num_experts=9: but num_local_experts=8"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: supported"),
     ({"rope_scaling": {"type": "dynamic"}}, "'dynamic': supported: default"),
     (
       {"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": 1}},

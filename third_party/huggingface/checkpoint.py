@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from resilient_moe.model.config import ModelConfig
@@ -119,8 +119,9 @@ class Checkpoint:
         for (key,), parts in self._model.expert(layer, e).items():
           assemble(stacks[key][place, e], parts, self._weights.read)
     tree = self.dense()
-    # An array is given up as soon as the device has it.
-    experts = {key: jnp.asarray(stacks.pop(key)) for key in list(specs)}
+    # On CPU the arrays are taken over; elsewhere each is given up as soon as
+    # the device has it.
+    experts = {key: jax.device_put(stacks.pop(key)) for key in list(specs)}
     return {**_on_device(tree), "experts": experts}
 
   def fingerprint(self) -> int:
@@ -259,7 +260,7 @@ def _few(names: list[str]) -> str:
 def _on_device(tree: Any) -> Any:
   """Moves a tree leaf by leaf; a host array is freed when its leaf is done."""
   if isinstance(tree, np.ndarray):
-    return jnp.asarray(tree)
+    return jax.device_put(tree)
   keys = list(tree) if isinstance(tree, dict) else range(len(tree))
   for key in keys:
     tree[key] = _on_device(tree[key])

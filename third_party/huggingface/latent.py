@@ -22,7 +22,7 @@ from third_party.huggingface.layout import (
   norms,
   swiglu,
 )
-from third_party.huggingface.rope import latent_scale, read_rope
+from third_party.huggingface.rope import latent_magnitude, read_rope
 
 
 def latent_fields(fields: Fields, dtype: str) -> dict[str, Any]:
@@ -39,17 +39,16 @@ def latent_fields(fields: Fields, dtype: str) -> dict[str, Any]:
   lead = fields.count("first_k_dense_replace", 0)
   dense = dense_where(list(range(lead)), sizes["n_layers"])
   dense_width = fields.size("intermediate_size")
-  scale = latent_scale(fields, rope.get("rope_factor", 1.0))
+  m = latent_magnitude(fields, rope.get("rope_factor", 1.0))
   return {
     **sizes, **rope, **dense,
-    "n_kv_heads": sizes["n_heads"],
     "n_experts": fields.size("n_routed_experts", also="num_experts"),
     "expert_width": width,
     "shared_width": width * fields.size("n_shared_experts"),
     "dense_width": dense_width if lead else 0,
     "attention": "mla",
     "attention_bias": fields.truth("attention_bias", False),
-    "softmax_scale": 0.0 if scale == 1 else scale * (nope + rotated) ** -0.5,
+    "softmax_scale": 0.0 if m == 1 else (nope + rotated) ** -0.5 * m * m,
     "q_rank": fields.size("q_lora_rank", 0),
     "kv_rank": rank,
     "nope_dim": nope,

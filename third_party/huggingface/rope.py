@@ -5,10 +5,10 @@ and, where positions are scaled, `rope_scaling`. The formulas of the defaults
 are those of the reference (`transformers`, modeling_rope_utils.py).
 """
 
-import math
 from typing import Any
 
 from resilient_moe.model.config import ModelConfig
+from resilient_moe.model.rope import yarn_magnitude
 from third_party.huggingface.fields import Fields
 
 KINDS = ("default", "linear", "llama3", "yarn")
@@ -69,11 +69,10 @@ def read_rope(fields: Fields) -> dict[str, Any]:
   return rope
 
 
-def latent_scale(fields: Fields, factor: float) -> float:
-  """What DeepSeek's attention multiplies 1 / sqrt(width) by (YaRN)."""
+def latent_magnitude(fields: Fields, factor: float) -> float:
+  """DeepSeek's attention multiplies 1 / sqrt(width) by its square (YaRN)."""
   scaling, _ = _spelling(fields)
-  m = _mscale(factor, scaling.get("mscale_all_dim") or 0.0)
-  return m * m
+  return yarn_magnitude(factor, scaling.get("mscale_all_dim") or 0.0)
 
 
 def _spelling(fields: Fields) -> tuple[dict[str, Any], float]:
@@ -90,7 +89,7 @@ def _spelling(fields: Fields) -> tuple[dict[str, Any], float]:
       )  # fmt: skip
   theta = fields.take("rope_theta", None)
   scaling = dict(old or new)
-  fields.take("partial_rotary_factor", None)
+  fields.choose("partial_rotary_factor", (1.0,), 1.0)
   if new and old:
     raise fields.error(
       "rope_scaling", old, f"but rope_parameters={new!r}; give one of them"
@@ -109,12 +108,8 @@ def _magnitude(where: Fields, factor: float) -> float:
     return where.number("attention_factor")
   m, all_dim = where.take("mscale", None), where.take("mscale_all_dim", None)
   if m and all_dim:
-    return _mscale(factor, m) / _mscale(factor, all_dim)
-  return _mscale(factor, 1.0)
-
-
-def _mscale(factor: float, m: float) -> float:
-  return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+    return yarn_magnitude(factor, m) / yarn_magnitude(factor, all_dim)
+  return yarn_magnitude(factor, 1.0)
 
 
 def write_rope(c: ModelConfig) -> dict[str, Any]:
