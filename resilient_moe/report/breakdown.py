@@ -12,8 +12,8 @@ from resilient_moe.report.rows import Row
 RESTART = "RestartInstance"
 REST = "restart, other"
 
-# Colour: what the time was spent on; hatch: which action it was.
-_COLOURS = {
+# What the time was spent on, by colour; which action it was, by hatch.
+KINDS = {
     curves_lib.DECIDE: style.BLACK,
     "mesh, programs": style.SKY,
     "experts": style.GREEN,
@@ -75,8 +75,8 @@ def _looks(bars: Sequence[tuple[Part, ...]]) -> dict[str, tuple[str, str]]:
     if part.name not in mine:
       mine.append(part.name)
   return {
-      name: (_COLOURS[kind], _HATCHES[number % len(_HATCHES)])
-      for kind in _COLOURS
+      name: (KINDS[kind], _HATCHES[number % len(_HATCHES)])
+      for kind in KINDS
       for number, name in enumerate(names.get(kind, ()))
   }
 
