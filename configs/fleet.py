@@ -45,5 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.traces = ""
   config.ttft_slo_s = 5.0
   config.tbt_slo_s = 0.1
+  # A rank's chunk goes through its own link to the experts of all layers.
+  config.chunk = 128
   config.jobs = 0
   return config

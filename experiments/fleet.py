@@ -45,7 +45,7 @@ def launch(argv: Sequence[str]) -> int:
     asked = launcher.parse(argv)
     settings = fleet_settings.read(asked.config)
     cells = todo(asked.workdir, settings)
-    check_policies(settings)
+    fleet_cells.check(settings)
     origin = provenance("experiments.fleet", argv, "simulated", settings.ranks)
     if cells or not asked.workdir.is_dir():
       start(asked.workdir, settings, origin)
@@ -96,17 +96,6 @@ def todo(workdir: pathlib.Path, settings: Settings) -> list[Cell]:
     for cell in fleet_cells.cells(settings)
     if not fleet_cells.finished(cell.folder(workdir, settings), settings, cell)
   ]
-
-
-def check_policies(settings: Settings) -> None:
-  """Every policy can be made.
-
-  Raises:
-    ValueError: one can't; names the choices.
-  """
-  costs = fleet_cells.costs_of(settings)
-  for label in settings.policies:
-    fleet_cells.policy_of(settings, label, costs)
 
 
 def run_all(

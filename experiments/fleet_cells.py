@@ -18,7 +18,7 @@ from resilient_moe.report.runs import write_text
 from resilient_moe.sim import arrivals, fleet
 from resilient_moe.sim.cost import Roofline
 from resilient_moe.sim.devices import device
-from resilient_moe.sim.fleet_setting import Memory, Shape
+from resilient_moe.sim.fleet_setting import Memory, Shape, template
 from resilient_moe.sim.shapes import shape
 from third_party import azure_traces
 
@@ -143,6 +143,20 @@ def policy_of(
     k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()
   }
   return dataclasses.replace(recovery.load(name, **kwargs), name=label)
+
+
+def check(settings: Settings) -> None:
+  """Every policy can be made and prepared at this scale.
+
+  Raises:
+    ValueError: one can't; names the value and the choices.
+  """
+  costs, load = costs_of(settings), load_of(settings)
+  study = study_of(settings, load, min(settings.instances))
+  policies = [policy_of(settings, n, costs) for n in settings.policies]
+  for policy in (recovery.load("none"), *policies):
+    bare = fleet.bare(study, policy.spares)
+    template(bare, policy, costs, load, study.memory, study.shape)
 
 
 def _takes(name: str, argument: str) -> bool:

@@ -28,7 +28,7 @@ class Fleets:
     """The cells that are to do."""
     chosen = fleet_settings.read(config)
     todo = fleet.todo(workdir, chosen)
-    fleet.check_policies(chosen)
+    fleet_cells.check(chosen)
     origin = provenance("experiments.sweep", argv, "simulated", chosen.ranks)
     if todo or not workdir.is_dir():
       fleet.start(workdir, chosen, origin)

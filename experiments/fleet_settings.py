@@ -88,7 +88,7 @@ class Settings:
   detect_s: float = 1.0
   straggler_s: float = 60.0
   restart_part: float = 0.05
-  chunk: int = 512
+  chunk: int = 128
   most_rows: int = 256
   row_margin: float = 1.25
   jobs: int = 0

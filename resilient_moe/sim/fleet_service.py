@@ -153,6 +153,11 @@ def _prompt_context(load: Load) -> float:
   return float((context * context).sum() / context.sum() / 2)
 
 
+def useful_rows(load: Load, chunk: int) -> int:
+  """Rows of a rank beyond which more of them start no more requests."""
+  return int(np.ceil(load.generated_mean / prompt_steps(load, chunk) + 1))
+
+
 def rows_within(
   costs: Costs,
   view: ClusterView,

@@ -10,7 +10,12 @@ from resilient_moe.recovery.view import ClusterView
 from resilient_moe.sim.arrivals import Load
 from resilient_moe.sim.cost_model import Costs
 from resilient_moe.sim.fleet_queue import Demand, Healthy
-from resilient_moe.sim.fleet_service import Service, rows_within, service
+from resilient_moe.sim.fleet_service import (
+  Service,
+  rows_within,
+  service,
+  useful_rows,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +125,7 @@ def template(
   fit = memory.rows(held, row_bytes)
   view = stand(bare, probe)
   limit_s = shape.tbt_slo_s * shape.headroom
-  most = min(fit, shape.most_rows)
+  most = min(fit, shape.most_rows, useful_rows(load, shape.chunk))
   rows = rows_within(costs, view, load, most, shape.chunk, limit_s)
   asked = int(rows * unit / probe.rows_per_rank)
   if fit < 1 or asked < 1:

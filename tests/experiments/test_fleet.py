@@ -17,6 +17,7 @@ from experiments import (
   fleet_settings,
   fleet_table,
 )
+from resilient_moe import recovery
 
 # How ml_collections loads a config file.
 pytestmark = pytest.mark.filterwarnings(
@@ -140,6 +141,13 @@ def test_a_policy_that_is_none_is_named(repository, tmp_path, capsys):
   assert not workdir.exists()
 
 
+def test_a_scale_at_which_nothing_fits_is_named(repository, tmp_path, capsys):
+  workdir = tmp_path / "runs"
+  assert launch(repository, workdir, "--config.model=deepseek-v3") == 2
+  assert "no rows for requests: 0 of" in capsys.readouterr().err
+  assert not workdir.exists()
+
+
 def sample(policy, goodput, seed=0):
   made = dict.fromkeys(fleet_table.COLUMNS, 1.0)
   return {
@@ -177,3 +185,40 @@ def test_the_closed_form_is_near_to_stepping(monkeypatch):
   text, table = fleet_check.to_tables([row])
   assert "mesh_shrink" in text
   assert len(table.splitlines()) == 2
+
+
+def test_real_traces_are_read_where_they_are_given(study, tmp_path):
+  lines = ["TIMESTAMP,ContextTokens,GeneratedTokens"]
+  lines += [f"2023-11-16 18:0{m}:{s:02}.0,100,7" for m in (1, 2, 3)
+            for s in range(0, 60, 20 - 5 * m)]  # fmt: skip
+  name = "AzureLLMInferenceTrace_conv.csv"
+  (tmp_path / name).write_text("\n".join(lines) + "\n")
+  settings = dataclasses.replace(settings_of(study), traces=str(tmp_path))
+  load = fleet_cells.load_of(settings)
+  assert load.name == "azure conv"
+  assert len(load.relative) == 2
+  assert load.relative[1] > load.relative[0]
+  assert (load.context_mean, load.generated_mean) == (100.0, 7.0)
+
+
+def test_a_label_may_name_another_policy_and_take_the_defaults(study):
+  settings = dataclasses.replace(
+    settings_of(study),
+    policy_kwargs={"two": {"policy": "spare", "spares": 2}},
+    policy_defaults={"replace": True},
+  )
+  costs = fleet_cells.costs_of(settings)
+  two = fleet_cells.policy_of(settings, "two", costs)
+  assert (two.name, two.spares) == ("two", 2)
+  view = recovery.start(recovery.load("eep"), recovery.bare_view(4, 8), 4)
+  plans = [
+    fleet_cells.policy_of(s, "mesh_shrink", costs).recover(
+      view, recovery.RanksLost((1,))
+    )
+    for s in (settings, dataclasses.replace(settings, policy_defaults={}))
+  ]
+  launches = [
+    any(isinstance(a, recovery.LaunchRank) for a in plan.repair)
+    for plan in plans
+  ]
+  assert launches == [True, False]

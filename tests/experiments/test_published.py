@@ -68,6 +68,11 @@ def test_bad_input_is_one_error_and_leaves_nothing(
   assert not workdir.exists()
 
 
+def test_a_config_of_ones_own_may_not_name_what_there_is_not():
+  with pytest.raises(ValueError, match="config.eep.ranks.*slots_per_rank"):
+    published.compose({"only": "eep", "eep": {"ranks": 8}})
+
+
 @pytest.mark.parametrize(
   ("value", "text"),
   [(0.0139, "0.0139"), (83.1, "83.1"), (6688, "6688"), (2.5e9, "2.5 G")],

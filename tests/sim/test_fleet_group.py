@@ -275,10 +275,12 @@ def fleet_of(policy, seed, **changes):
 
 def test_a_fleet_without_faults_is_full_service(seed):
   sample = fleet_of(
-    load("mesh_shrink"), seed, failures=failure_model("never", multiplier=0.0)
+    load("none"), seed, failures=failure_model("never", multiplier=0.0)
   ).sample
   assert sample["full"] == pytest.approx(1)
   assert sample["goodput_fraction"] == pytest.approx(1)
+  offered = 0.7 * sample["capacity_tokens_per_s"]
+  assert sample["offered_tokens_per_s"] == pytest.approx(offered)
   assert sample["stall_p99_s"] is None
   assert sample["failures"] == sample["struck"] == 0
 
