@@ -35,7 +35,7 @@ FLEET_COLUMNS = {
   "stall_p50_s": r"stall, \\ p50 (s)",
   "stall_p99_s": r"stall, \\ p99 (s)",
   "requests_lost": r"requests \\ lost",
-  "redundancy_device_bytes": r"redundancy \\ a device",
+  "redundancy_memory": r"memory \\ filled (part)",
   "throughput_cost": r"capacity \\ taken (part)",
 }
 
@@ -61,6 +61,7 @@ class Artefact:
   wide: bool  # over both columns of a page
   source: Source
   facts: Facts
+  notes: str = ""  # too long for a caption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +72,12 @@ class _Out:
   source: Source
 
   def table(
-    self, name: str, text: str, caption: str, facts: Facts, wide: bool = True
+    self, name: str, text: str, caption: str, facts: Facts, notes: str = ""
   ) -> Artefact:
     file = f"{TABLES}/{self.source.name}-{name}.tex"
     write_text(self.workdir / file, text)
-    return self._made(name, TABLES, (file,), caption, wide, facts)
+    made = self._made(name, TABLES, (file,), caption, True, facts)
+    return dataclasses.replace(made, notes=notes)
 
   def figure(
     self, name: str, drawn: Any, caption: str, facts: Facts
@@ -224,7 +226,12 @@ def _of_fleet(out: _Out) -> Iterator[Artefact]:
   ]  # fmt: skip
   header = ["policy", "devices", *map(_head, FLEET_COLUMNS.values())]
   align = "l" + "r" * (len(header) - 1)
-  yield out.table("table", latex.tabular(align, header, groups), notes, facts)
+  yield out.table(
+    "table", latex.tabular(align, header, groups),
+    f"Policies on a fleet in groups of {settings['ranks']} ranks, "
+    f"{settings['days']:g} days, failures {settings['rate']}. Median over "
+    "seeds, their interval below.", facts, notes,
+  )  # fmt: skip
   figure = fleet.stall_scale_figure(samples)
   if figure is not None:
     yield out.figure(

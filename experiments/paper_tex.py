@@ -17,10 +17,10 @@ _REFERENCES = (
 )
 
 _HEAD = r"""% Made by experiments.paper; compile in this folder with pdflatex.
-\documentclass[10pt,twocolumn]{article}
-\usepackage[T1]{fontenc}
+\documentclass[10pt]{article}
 \usepackage[utf8]{inputenc}
-\usepackage[margin=0.75in,columnsep=0.25in]{geometry}
+% As wide as two columns of 3.3 inches, which the figures are made for.
+\usepackage[textwidth=7in,textheight=9.5in]{geometry}
 \usepackage{booktabs}
 \usepackage{graphicx}
 \begin{document}
@@ -47,7 +47,7 @@ def caption(artefact: Artefact) -> str:
 def _float(artefact: Artefact) -> str:
   """One table or figure."""
   figure = artefact.kind == FIGURES
-  kind = ("figure" if figure else "table") + "*" * artefact.wide
+  kind = "figure" if figure else "table"
   if figure:
     (file,) = (name for name in artefact.files if name.endswith(".pdf"))
     inside = rf"\includegraphics{{{file}}}"
@@ -60,9 +60,10 @@ def _float(artefact: Artefact) -> str:
       rf"\input{{{file}}}",
     ]
   label = f"{'fig' if figure else 'tab'}:{artefact.name}".replace("_", "-")
-  return "\n".join([
-    rf"\begin{{{kind}}}[tp]", *inner, rf"\label{{{label}}}", rf"\end{{{kind}}}",
-  ])  # fmt: skip
+  inner.append(rf"\label{{{label}}}")
+  return "\n".join(
+    [rf"\begin{{{kind}}}[!htbp]", *inner, rf"\end{{{kind}}}"]
+  )
 
 
 def document(
@@ -78,6 +79,7 @@ def document(
   for source in dict.fromkeys(a.source.name for a in artefacts):
     mine = [_float(a) for a in artefacts if a.source.name == source]
     parts.append(rf"\section{{{escape(source)}}}")
+    parts += [escape(a.notes) for a in artefacts if a.source.name == source]
     # Floats of a source stay together, and never too many wait.
     parts += [*mine, r"\clearpage"]
   parts.append(r"\section{Where the data comes from}")

@@ -126,13 +126,12 @@ emitted = [
   for event in events if event["event"] == "step"
   for name, position, token in event["emitted"] if name == told.request_id
 ]  # fmt: skip
-last = -1.0
-for seconds, position, token in emitted:
-  if abs(seconds) < 0.15:
-    if last < 0 <= seconds:
-      print(f"          -- rank {lost['ranks'][0]} is lost --")
-    last = seconds
-    print(f"{1e3 * seconds:+8.1f} ms  {position:4d}  {decode([token])!r}")
+first = sum(seconds <= 0 for seconds, _, _ in emitted)  # after the fault
+for number in range(max(first - 5, 0), min(first + 6, len(emitted))):
+  seconds, position, token = emitted[number]
+  if number == first:
+    print(f"          -- rank {lost['ranks'][0]} is lost --")
+  print(f"{1e3 * seconds:+8.1f} ms  {position:4d}  {decode([token])!r}")
 
 # %% [markdown]
 # ## How long it was silent

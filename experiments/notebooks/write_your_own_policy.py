@@ -14,6 +14,7 @@
 REPOSITORY = ""  # on Colab: the git URL of this repository
 RANKS = 4
 SEEDS = "0"
+BESIDE = "restart_cached,mesh_shrink"  # policies to compare with
 WORKDIR = "runs/write_your_own_policy"
 
 # %%
@@ -106,29 +107,24 @@ import os
 sys.path.insert(0, os.getcwd())
 my_policy = importlib.import_module("my_policy")
 
-from resilient_moe import recovery
-from resilient_moe.recovery import checks, explain, start
+from resilient_moe import recovery as rm
 
 policy = my_policy.make()
-view = start.start(policy, start.bare_view(8, 16), requests=8)
-failure = recovery.RanksLost((3,))
-plan = recovery.recover_checked(policy, recovery.lose(view, [3]), failure)
-print(explain.explain_plan(plan))
+view = rm.start(policy, rm.bare_view(8, 16), requests=8)
+failure = rm.RanksLost((3,))
+plan = rm.recover_checked(policy, rm.lose(view, [3]), failure)
+print(rm.explain_plan(plan))
 
 # %% [markdown]
 # `recover_checked` has refused nothing, so the plan is legal. Is service
 # possible at its end? And what if rank 3 was the second loss?
 
 # %%
-after = recovery.advance_all(
-  recovery.lose(view, [3]), recovery.ordered(plan.resume)
-)
-print("can be served from:", checks.servable(after) or "yes")
+after = rm.advance_all(rm.lose(view, [3]), rm.ordered(plan.resume))
+print("can be served from:", rm.servable(after) or "yes")
 print("mesh:", after.mesh.tolist())
-again = recovery.recover_checked(
-  policy, recovery.lose(after, [5]), recovery.RanksLost((5,))
-)
-print(again if isinstance(again, recovery.Infeasible) else "a plan again")
+again = rm.recover_checked(policy, rm.lose(after, [5]), rm.RanksLost((5,)))
+print(again if isinstance(again, rm.Infeasible) else "a plan again")
 
 # %% [markdown]
 # The contract tests of the repository ask more of it (losses in mid-plan, many
@@ -153,7 +149,7 @@ status = run.launch([
   f"--config.ranks={RANKS}",
   f"--config.runtime={place.runtime}",
   f"--config.seeds={SEEDS}",
-  "--config.policies=restart_cached,mesh_shrink,my_policy.make",
+  f"--config.policies={BESIDE},my_policy.make",
 ])  # fmt: skip
 assert status == 0, "a run failed or its history does not check"
 
@@ -187,6 +183,6 @@ with style.context():
 
 # %% [markdown]
 # `tokens_exact` 1 and verdict `true`: the answers are those of the fault-free
-# run. Now change something: `recovery.axes.compose` builds policies from one
+# run. Now change something: `rm.axes.compose` builds policies from one
 # choice on each axis (who serves, where experts come from, how requests go on);
 # `policies/README.md` has the rest.

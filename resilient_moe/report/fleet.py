@@ -86,7 +86,7 @@ def redundancy_figure(samples: Samples) -> Any:
   """What redundancy takes against what it gives, at the largest scale.
 
   (a) time without full service, (b) load that misses its objective, against
-  the capacity that redundancy takes. Median over seeds, bars: their range;
+  the device memory that redundancy fills. Median over seeds, bars: their range;
   dashed: policies of which no other costs less and loses less. To be called,
   and saved, in `style.context`.
   """
@@ -95,18 +95,18 @@ def redundancy_figure(samples: Samples) -> Any:
   largest = max(sample["devices"] for sample in samples)
   mine = [s for s in samples if s["devices"] == largest]
   looks = style.styles(sample["policy"] for sample in mine)
-  figure = style.figure(style.PAGE_IN, 2.3 + _rows(len(looks), 5))
+  figure = style.figure(style.PAGE_IN, 2.5 + _rows(len(looks), 5))
   axes = figure.subplots(1, 2)
   labels = (
-      "time without full service (part)",
-      "load that misses its objective (part)",
+      "time without full service",
+      "load that misses its objective",
   )
   for axis, column, label in zip(
       axes, ("full", "goodput_fraction"), labels, strict=True
   ):
     _trade(axis, mine, column, looks)
-    axis.set_ylabel(label)
-    axis.set_xlabel("capacity that redundancy takes (%)")
+    axis.set_ylabel(f"{label} (fraction)")
+    axis.set_xlabel("device memory that redundancy fills (%)")
   style.letters(axes)
   _legend(figure, axes[0], 5)
   return figure
@@ -116,7 +116,7 @@ def _trade(
     axis: Any, samples: Samples, column: str, looks: dict[str, style.Style]
 ) -> None:
   """One point a policy, and the front of those that nobody beats."""
-  cost, given = (_by_policy(samples, c) for c in ("throughput_cost", column))
+  cost, given = (_by_policy(samples, c) for c in ("redundancy_memory", column))
   points = []
   for policy, by in given.items():
     (values,) = by.values()

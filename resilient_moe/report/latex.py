@@ -15,6 +15,9 @@ _ESCAPES = {
     "$": r"\$",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
 }
 
 _HEAD = r"""% \usepackage{booktabs} in the preamble, then \input this file.
@@ -41,12 +44,14 @@ def heading(name: str) -> str:
 
 def cell(text: str) -> str:
   """A table's cell, as LaTeX."""
-  # The interval goes below its median, so that the table fits a page.
+  # The interval goes below its median, so that the table fits a page; the
+  # median is what stands on the row's line.
   text = "--" if text == "-" else escape(text)
   median, bracket, interval = text.partition(" [")
   if not bracket:
     return text
-  return rf"\shortstack{{{median} \\ {{[{interval}}}}}"
+  stack = rf"\shortstack{{{median} \\ {{[{interval}}}}}"
+  return rf"\raisebox{{-\baselineskip}}{{{stack}}}"
 
 
 def tabular(

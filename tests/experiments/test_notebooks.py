@@ -18,7 +18,7 @@ SMALL = {
     "FAULT_STEP": 12,
     "POLICIES": "kv_restore",
   },
-  "write_your_own_policy": {"RANKS": 2},
+  "write_your_own_policy": {"RANKS": 2, "BESIDE": "none"},
   "which_policy_for_my_fleet": {
     "INSTANCES": "1",
     "DAYS": 1.0,

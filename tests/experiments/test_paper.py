@@ -12,6 +12,10 @@ from configs import paper as config_lib
 from experiments import paper, paper_sources
 from tests.report import synthetic as s
 
+# ml_collections' way to read a config file.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore:.*load_module:DeprecationWarning"
+)
 COMMAND = "python -m experiments.run --config=configs/quickstart.py --workdir=D"
 NAMES = list(config_lib.get_config().sources)
 
