@@ -16,7 +16,9 @@ from typing import Any
 
 HERE = pathlib.Path(__file__).parent
 SOURCES = ("kill_a_rank", "write_your_own_policy", "which_policy_for_my_fleet")
-_CELL = re.compile(r"^# %%(?: \[(\w+)(?: ([\w.]+))?\])?$")
+_CELL = re.compile(
+  r"^# %%(?: \[(markdown|parameters|file(?= )) ?([\w.]+)?\])?$"
+)
 
 
 def _markdown(lines: list[str]) -> str:
@@ -34,7 +36,7 @@ def _cell(number: int, kind: str, name: str, lines: list[str]) -> Any:
     common["metadata"] = {"tags": ["parameters"]}
   if kind == "file":
     text = f"%%writefile {name}\n{text}"
-  code = {"execution_count": None, "outputs": []}
+  code: dict[str, Any] = {"execution_count": None, "outputs": []}
   return {"cell_type": "code", **common, **code, "source": _split(text)}
 
 

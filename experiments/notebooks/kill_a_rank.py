@@ -56,7 +56,7 @@ config, params = rm.load_checkpoint(ASSET)
 prompts = ["The assert statement ", "A list is ", "If the file ", "class "]
 
 
-def write(**more):
+def write(**more) -> list:  # type: ignore[no-untyped-def]
   """Four sentences."""
   return rm.generate(
     config, params, prompts, max_new_tokens=NEW_TOKENS, ranks=RANKS, **more

@@ -46,7 +46,9 @@ print(
   f" {model.expert_bytes / 1e9:.2f} GB (all layers), top {model.top_k};"
   f" {model.token_kv_bytes / 1e3:.1f} kB of KV a token"
 )
-print(f"\n{device}")
+print(f"\n{device.name}, every number with its source:")
+for name, figure in device.figures():
+  print(f"  {name:24s} {figure:<9.3g} {figure.source}")
 
 # %% [markdown]
 # ## How often something breaks
@@ -61,6 +63,8 @@ from resilient_moe.sim.failure_rates import RATES
 lines = ["| rate | failures a node and day | days between a group's | source |"]
 lines.append("|---|---|---|---|")
 for rate in RATES.values():
+  if not rate.per_node_day:
+    continue  # for comparison: nothing breaks
   between = 1 / (rate.per_node_day * RANKS / 8)
   lines.append(
     f"| {rate.name} | {rate.per_node_day:.2e} | {between:.1f} | {rate.source} |"
@@ -80,13 +84,14 @@ import configs
 from experiments import plan
 
 folder = pathlib.Path(configs.__file__).parent
-plan.main([
+status = plan.main([
   "plan",
   f"--config={folder / 'plan.py'}",
   f"--config.model={MODEL}",
   f"--config.ranks={RANKS}",
   f"--config.device_memory_gb={device.memory_bytes / 1e9}",
 ])  # fmt: skip
+assert status == 0
 
 # %% [markdown]
 # ## Weeks of failures
@@ -119,14 +124,20 @@ assert status == 0
 # How long a stopped request waits, as the fleet grows:
 
 # %%
-display(Image(f"{WORKDIR}/stall_scale.png", width=700))
+def show(name: str) -> None:
+  """A picture, if there is one: without failures nothing is stopped."""
+  file = pathlib.Path(WORKDIR, name)
+  display(Image(str(file), width=700) if file.is_file() else "nothing to draw")
+
+
+show("stall_scale.png")
 
 # %% [markdown]
 # What redundancy takes against what it gives. The dashed line joins the
 # policies that no other beats in both: choose on it.
 
 # %%
-display(Image(f"{WORKDIR}/redundancy_availability.png", width=700))
+show("redundancy_availability.png")
 
 # %%
 import json
@@ -140,8 +151,9 @@ for sample in samples:
     values = goodput.setdefault(sample["policy"], [])
     values.append(sample["goodput_tokens_per_s"])
 means = {name: sum(v) / len(v) for name, v in goodput.items()}
-best = max(means, key=means.get)
-for name, value in sorted(means.items(), key=lambda item: -item[1]):
+ranking = sorted(means.items(), key=lambda item: -item[1])
+best = ranking[0][0]
+for name, value in ranking:
   print(f"{name:20s} {value / means[best]:.4f} of the best goodput")
 print(f"\nOn {largest:,} devices, with these rates: {best}")
 

@@ -113,6 +113,7 @@ policy = my_policy.make()
 view = rm.start(policy, rm.bare_view(8, 16), requests=8)
 failure = rm.RanksLost((3,))
 plan = rm.recover_checked(policy, rm.lose(view, [3]), failure)
+assert isinstance(plan, rm.Plan), plan
 print(rm.explain_plan(plan))
 
 # %% [markdown]

@@ -24,7 +24,7 @@ SMALL = {
     "DAYS": 1.0,
     "SEEDS": "0",
     "POLICIES": "mesh_shrink,spare",
-    "MORE": "--config.jobs=1",
+    "MORE": "--config.jobs=1 --config.multiplier=30",
   },
 }
 

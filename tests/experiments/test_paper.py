@@ -5,11 +5,13 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
 from configs import paper as config_lib
 from experiments import paper, paper_sources
+from resilient_moe.report import fleet, style
 from tests.report import synthetic as s
 
 # ml_collections' way to read a config file.
@@ -100,7 +102,7 @@ def _fleet(folder: pathlib.Path) -> pathlib.Path:
       **dict.fromkeys(columns, 1.5), "policy": policy, "devices": devices,
       "seed": seed, "stall_p50_s": 0.1 * (seed + 1), "stall_p99_s": 9.0,
       "full": 0.999 - 0.001 * seed, "goodput_fraction": 0.99,
-      "throughput_cost": cost, "goodput_tokens_per_s": 1e5,
+      "redundancy_memory": cost, "goodput_tokens_per_s": 1e5,
     })
     for policy, cost in (("kv_restore", 0.1), ("spare_4", 0.05))
     for devices in (64, 1024) for seed in (0, 1)
@@ -131,6 +133,24 @@ def _launch(workdir: pathlib.Path, *more: str) -> int:
   return paper.main([
     "paper", "--config=configs/paper.py", f"--workdir={workdir}", *more,
   ])  # fmt: skip
+
+
+def test_a_fleet_is_drawn_with_every_scale_that_was_run(tmp_path):
+  folder = _fleet(tmp_path / "fleet")
+  lines = (folder / "samples.jsonl").read_text().splitlines()
+  samples = [json.loads(line) for line in lines]
+  with style.context():
+    axis, _ = fleet.stall_scale_figure(samples).axes
+    labels = [label.get_text() for label in axis.get_xticklabels()]
+    trade, _ = fleet.redundancy_figure(samples).axes
+  assert labels == ["64", "1,024"]
+  (line,) = (x for x in axis.get_lines() if x.get_label() == "kv_restore")
+  assert list(line.get_xdata()) == [64, 1024]
+  assert list(line.get_ydata()) == pytest.approx([0.15, 0.15])
+  (front,) = (x for x in trade.get_lines() if x.get_linestyle() == "--")
+  # The other fills more memory and gives no more.
+  assert front.get_xdata() == pytest.approx([5])
+  assert front.get_ydata() == pytest.approx([0.0015])
 
 
 @pytest.fixture(autouse=True)
@@ -210,9 +230,11 @@ def test_what_is_absent_is_named_with_its_command(tmp_path, capsys):
 
 
 def test_make_runs_what_is_absent(comparison, tmp_path, monkeypatch, capsys):
-  made = []
+  made, real = [], subprocess.run
 
-  def run(command, cwd):
+  def run(command, **more):
+    if command[0] != sys.executable:
+      return real(command, **more)  # git, for the provenance
     made.append(command[1:3])
     folder = pathlib.Path(command[3].removeprefix("--workdir="))
     if "experiments.run" in command:
