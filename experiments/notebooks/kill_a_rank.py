@@ -12,6 +12,7 @@
 
 # %% [parameters]
 REPOSITORY = ""  # on Colab: the git URL of this repository
+CHECKPOINT = "byte_moe"  # one that ships, or a folder of save_checkpoint
 RANKS = 4
 NEW_TOKENS = 64
 FAULT_STEP = 20
@@ -51,8 +52,10 @@ import pathlib
 import configs
 import resilient_moe as rm
 
-ASSET = pathlib.Path(rm.__file__).parent / "assets" / "byte_moe"
-config, params = rm.load_checkpoint(ASSET)
+shipped = pathlib.Path(rm.__file__).parent / "assets" / CHECKPOINT
+config, params = rm.load_checkpoint(
+  shipped if shipped.is_dir() else CHECKPOINT
+)
 prompts = ["The assert statement ", "A list is ", "If the file ", "class "]
 
 
@@ -89,6 +92,7 @@ status = run.launch([
   "run",
   f"--config={pathlib.Path(configs.__file__).parent / 'runlocal.py'}",
   f"--workdir={WORKDIR}",
+  f"--config.checkpoint={CHECKPOINT}",
   f"--config.ranks={RANKS}",
   f"--config.runtime={place.runtime}",
   f"--config.fault_step={FAULT_STEP // 2}",

@@ -12,6 +12,7 @@
 
 # %% [parameters]
 REPOSITORY = ""  # on Colab: the git URL of this repository
+CHECKPOINT = "byte_moe"  # one that ships, or a folder of save_checkpoint
 RANKS = 4
 SEEDS = "0"
 BESIDE = "restart_cached,mesh_shrink"  # policies to compare with
@@ -147,6 +148,7 @@ status = run.launch([
   "run",
   f"--config={pathlib.Path(configs.__file__).parent / 'runlocal.py'}",
   f"--workdir={WORKDIR}",
+  f"--config.checkpoint={CHECKPOINT}",
   f"--config.ranks={RANKS}",
   f"--config.runtime={place.runtime}",
   f"--config.seeds={SEEDS}",

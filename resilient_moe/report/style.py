@@ -58,7 +58,7 @@ _RC: Any = {
     "figure.constrained_layout.h_pad": 0.02,
     "figure.constrained_layout.w_pad": 0.02,
     "font.size": FONT_PT,
-    "hatch.linewidth": 0.5,
+    "hatch.linewidth": 0.4,
     "legend.borderaxespad": 0.2,
     "legend.columnspacing": 1.2,
     "legend.fontsize": FONT_PT,

@@ -71,10 +71,25 @@ def _with(book, values: dict, workdir: pathlib.Path):
   return book
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+  """A model that compiles quickly and writes nonsense."""
+  jax = pytest.importorskip("jax")
+  from resilient_moe import ModelConfig, init_params, save_checkpoint
+
+  config = ModelConfig(
+    vocab_size=256, n_layers=1, d_model=32, n_heads=2, n_kv_heads=1,
+    head_dim=16, n_experts=4, top_k=2, expert_width=32,
+  )  # fmt: skip
+  folder = tmp_path_factory.mktemp("tiny") / "model"
+  save_checkpoint(folder, config, init_params(config, jax.random.key(0)))
+  return str(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", build.SOURCES)
 @pytest.mark.filterwarnings("default")  # of Jupyter's own
-def test_a_notebook_runs(name, tmp_path, repository, monkeypatch):
+def test_a_notebook_runs(name, tmp_path, repository, monkeypatch, tiny):
   nbclient = pytest.importorskip("nbclient")
   pytest.importorskip("ipykernel")
   paths = [str(repository), os.environ.get("PYTHONPATH", "")]
@@ -84,7 +99,10 @@ def test_a_notebook_runs(name, tmp_path, repository, monkeypatch):
   monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
   monkeypatch.delenv("JAX_NUMPY_RANK_PROMOTION", raising=False)
   book = nbformat.read(build.HERE / f"{name}.ipynb", as_version=4)
-  book = _with(book, SMALL[name], tmp_path / "run")
+  values = dict(SMALL[name])
+  if "CHECKPOINT" in book.cells[1].source:
+    values["CHECKPOINT"] = tiny
+  book = _with(book, values, tmp_path / "run")
   client = nbclient.NotebookClient(
     book,
     timeout=300,
