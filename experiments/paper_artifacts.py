@@ -16,6 +16,7 @@ from resilient_moe.report.runs import TWIN, Run, write_text
 from resilient_moe.report.table import cell, short
 
 FIGURES, TABLES = "figures", "tables"
+_TALL = 50  # lines
 
 # Of a comparison: column, and how a paper heads it.
 COLUMNS = {
@@ -62,6 +63,7 @@ class Artefact:
   source: Source
   facts: Facts
   notes: str = ""  # too long for a caption
+  tall: bool = False  # a table that fills a page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,8 @@ class _Out:
     file = f"{TABLES}/{self.source.name}-{name}.tex"
     write_text(self.workdir / file, text)
     made = self._made(name, TABLES, (file,), caption, True, facts)
-    return dataclasses.replace(made, notes=notes)
+    tall = text.count("\n") > _TALL
+    return dataclasses.replace(made, notes=notes, tall=tall)
 
   def figure(
     self, name: str, drawn: Any, caption: str, facts: Facts

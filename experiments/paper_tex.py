@@ -23,6 +23,7 @@ _HEAD = r"""% Made by experiments.paper; compile in this folder with pdflatex.
 \usepackage[textwidth=7in,textheight=9.5in]{geometry}
 \usepackage{booktabs}
 \usepackage{graphicx}
+\setlength{\belowcaptionskip}{4pt}
 \begin{document}
 \sloppy
 \title{Recovery policies compared: tables and figures}
@@ -54,9 +55,11 @@ def _float(artefact: Artefact) -> str:
     inner = [rf"\centering{inside}", rf"\caption{{{caption(artefact)}}}"]
   else:
     (file,) = artefact.files
+    size = r"\scriptsize\renewcommand{\arraystretch}{0.9}"
     inner = [
       rf"\caption{{{caption(artefact)}}}",
-      r"\centering\footnotesize\setlength{\tabcolsep}{3.5pt}",
+      rf"\centering{size if artefact.tall else r'\footnotesize'}",
+      r"\setlength{\tabcolsep}{3.5pt}",
       rf"\input{{{file}}}",
     ]
   label = f"{'fig' if figure else 'tab'}:{artefact.name}".replace("_", "-")

@@ -51,7 +51,7 @@ def cell(text: str) -> str:
   if not bracket:
     return text
   stack = rf"\shortstack{{{median} \\ {{[{interval}}}}}"
-  return rf"\raisebox{{-\baselineskip}}{{{stack}}}"
+  return rf"\raisebox{{-1.2em}}{{{stack}}}"
 
 
 def tabular(
