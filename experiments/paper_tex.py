@@ -55,10 +55,12 @@ def _float(artefact: Artefact) -> str:
     inner = [rf"\centering{inside}", rf"\caption{{{caption(artefact)}}}"]
   else:
     (file,) = artefact.files
-    size = r"\scriptsize\renewcommand{\arraystretch}{0.9}"
+    size = r"\footnotesize"
+    if artefact.tall:
+      size = r"\scriptsize\renewcommand{\arraystretch}{0.9}"
     inner = [
       rf"\caption{{{caption(artefact)}}}",
-      rf"\centering{size if artefact.tall else r'\footnotesize'}",
+      rf"\centering{size}",
       r"\setlength{\tabcolsep}{3.5pt}",
       rf"\input{{{file}}}",
     ]
