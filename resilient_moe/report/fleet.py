@@ -98,8 +98,8 @@ def redundancy_figure(samples: Samples) -> Any:
   figure = style.figure(style.PAGE_IN, 2.5 + _rows(len(looks), 5))
   axes = figure.subplots(1, 2)
   labels = (
-      "time without full service",
-      "load that misses its objective",
+      "time degraded or out",
+      "missed load",
   )
   for axis, column, label in zip(
       axes, ("full", "goodput_fraction"), labels, strict=True
