@@ -13,6 +13,7 @@ tokens a second when there is always more to do. DIR gets `closed_form.md` and
 import csv
 import dataclasses
 import io
+import itertools
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -338,17 +339,17 @@ def launch(argv: Sequence[str]) -> int:
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  rows = []
-  for count in ranks:
-    for utilisation in UTILISATIONS:
-      for name in POLICIES:
-        rows.append(compare(name, count, utilisation, seed))
-        print(f"{name}, {count} ranks, {utilisation:g}: done", flush=True)
   folder = pathlib.Path(given["workdir"])
   folder.mkdir(parents=True, exist_ok=True)
-  text, table = to_tables(rows)
-  write_text(folder / "closed_form.md", text)
-  write_text(folder / "closed_form.csv", table)
+  rows, text = [], ""
+  for count, utilisation, name in itertools.product(
+    ranks, UTILISATIONS, POLICIES
+  ):
+    rows.append(compare(name, count, utilisation, seed))
+    print(f"{name}, {count} ranks, {utilisation:g}: done", flush=True)
+    text, table = to_tables(rows)  # what there is, should it be stopped
+    write_text(folder / "closed_form.md", text)
+    write_text(folder / "closed_form.csv", table)
   print(f"\n{text}")
   return 0
 

@@ -21,7 +21,7 @@ from resilient_moe.serving.backend import Outcome, Placed, Stepped
 from resilient_moe.serving.carry import Record
 from resilient_moe.serving.scheduler import StepBatch
 from resilient_moe.serving.seats import Seats
-from resilient_moe.sim import effects
+from resilient_moe.sim import behind, effects
 from resilient_moe.sim.background import Background
 from resilient_moe.sim.case import SimulatedCase
 from resilient_moe.sim.clock import VirtualClock
@@ -74,7 +74,7 @@ class SimulatedBackend:
     self.slow: dict[int, float] = {}  # rank -> how much slower
     self.unnoticed: dict[int, float] = {}  # dead, and when it is known, s
     self._ended: list[Stepped] = []
-    self._rebase: list[str] = []
+    self.rebase: list[str] = []
     self._random = random.Random(f"sim/{case.seed}")
     self._meanwhile: Callable[[], None] = lambda: None
     self._acting = False
@@ -241,7 +241,7 @@ class SimulatedBackend:
       self._forget(rank)
     kept = self.copies.records()
     if self.copies.mode != "none":
-      self._rebase += [n for n, _ in self.seats.items() if n not in kept]
+      self.rebase += [n for n, _ in self.seats.items() if n not in kept]
     failure = rm.RanksLost(tuple(gone))
     seconds = self.timing.detect_s("rank_lost", self._random.random())
     noticed_s = self.clock.now() + seconds
@@ -293,8 +293,8 @@ class SimulatedBackend:
     else:
       self.repairing = repairing
       if not self.pending:
-        self.make_ready()
-        self._rebase_one()
+        behind.make_ready(self)
+        behind.rebase_one(self)
     failures, self.pending = tuple(self.pending), []
     # A recovery begins: until a poll says otherwise, something is repaired.
     self.repairing |= bool(failures)
@@ -302,77 +302,17 @@ class SimulatedBackend:
 
   # -- behind traffic
 
-  def make_ready(self) -> None:
-    """Tells of a mesh that is ready."""
-    made = self.background.take()
-    if made is None:
-      return
-    name, seconds = made
-    self.facts = dataclasses.replace(
-      self.facts, ready=self.facts.ready | {name}
-    )
-    if self.standing.store_executables:
-      cached = self.facts.cached | {name}
-      self.facts = dataclasses.replace(self.facts, cached=cached)
-    self.record("mesh_ready", absent=sorted(name), seconds=seconds)
-
   def wait_ready(self) -> None:
     """Until every mesh that the policy wants is ready."""
-    while not self.background.done:
-      self.make_ready()
-      if not self.background.done:
-        self.clock.step()
+    behind.wait_ready(self)
+
+  def ready_for(self, action: rm.Action) -> bool:
+    return behind.ready_for(self, action)
 
   def background_done(self) -> bool:
     return True
 
-  def rebase_after(self, placed: tuple[Placed, ...]) -> None:
-    """New places of requests; who sits on its own mirror gets another."""
-    held = self.copies.records()
-    for p in placed:
-      self.seats.moved(p)
-      if held.get(p.request_id, (0, p.rank))[1] == p.rank:
-        self._rebase.append(p.request_id)
-
-  def _rebase_one(self) -> None:
-    """Stores one request's KV anew with a holder that lives."""
-    if self.copies.mode == "none" or not self._rebase:
-      return
-    name = self._rebase.pop(0)
-    seat = self.seats.get(name)
-    if seat is None or seat.rank not in self.copies.ring or not seat.tokens:
-      return
-    held = self.rows.read(seat.rank, seat.row, name, seat.tokens)
-    if held is not None and not self.copies.rebase(held, seat.rank):
-      self._rebase.append(name)
-
   # -- actions
-
-  def ready_for(self, action: rm.Action) -> bool:
-    self.clock.catch_up()
-    if not self.timing.behind or self.case.by_step:
-      return True
-    if isinstance(action, rm.CopyExperts):
-      return all(self.background.up(m.rank) for m in action.moves)
-    if isinstance(action, rm.Rejoin):
-      mesh = [*self.facts.mesh.tolist(), action.rank]
-      name = rm.absent(self.facts.launched, mesh)
-      return self.background.up(action.rank) and self._made(name)
-    if isinstance(action, rm.FetchExecutable):
-      return self._made(action.absent)
-    return True
-
-  def _made(self, name: frozenset[int]) -> bool:
-    """Whether a mesh is ready; if not, it will be, behind traffic."""
-    view = self.facts
-    mesh = rm.mesh_named(view.launched, name).tolist()
-    if name in view.ready or not self.there.issuperset(mesh):
-      return True  # or it is not for this action to wait for
-    if view.disaggregated:
-      return True  # no program belongs to a mesh
-    if not self.background.wants(name):
-      self.background.want(view.launched, [name])
-    return False
 
   def execute(self, action: rm.Action, placed: tuple[Placed, ...]) -> Outcome:
     self.clock.catch_up()

@@ -7,6 +7,7 @@ import numpy as np
 
 from resilient_moe import recovery as rm
 from resilient_moe.serving.backend import Outcome, Placed
+from resilient_moe.sim import behind
 from resilient_moe.sim.timing import Spent
 from resilient_moe.sim.tokens import NOBODYS, Held
 
@@ -103,7 +104,7 @@ def _restore(
       held = kept
     b.rows.write(p.rank, p.row, held)
     restored[p.request_id] = held.tokens
-  b.rebase_after(placed)
+  behind.rebase_after(b, placed)
   nbytes = sum(restored.values()) * b.case.model.token_kv_bytes
   detail = f"{len(restored)} of {len(placed)} requests"
   return Outcome(detail, nbytes, str(action.tier), restored)

@@ -6,7 +6,6 @@ read but histories, so any runtime's can be fitted.
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -359,13 +358,3 @@ def _restart_s(events: list[Event], generation: int) -> float | None:
           if e["name"] == "RestartInstance"]  # fmt: skip
   return done[generation - 1] if 0 < generation <= len(done) else None
 
-
-def errors(
-  pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]], name: str
-) -> list[float]:
-  """|simulated - real| / real of a metric, of (real, simulated) metrics."""
-  return [
-    abs(ours[name] - real[name]) / real[name]
-    for real, ours in pairs
-    if real[name] and ours[name] is not None
-  ]

@@ -85,7 +85,10 @@ class Fitted:
     )
     runs = f"{a['runs']} {a['runtime']} runs, {a['deployment']}"
     seen = f"{a['steps']} steps, {a['faults']} faults"
-    return f"calibrated on {runs} ({seen}) of {a['machine']}: {ranges}"
+    held_out = a.get("held_out_error", {}).items()
+    off = ", ".join(f"{name} {error:.0%}" for name, error in held_out)
+    text = f"calibrated on {runs} ({seen}) of {a['machine']}: {ranges}"
+    return text + (f"; median error on held-out runs: {off}" if off else "")
 
   def step_s(self, batch: StepBatch, view: ClusterView) -> float:
     fit = self.prefill if batch.chunks else self.decode

@@ -11,7 +11,7 @@ import numpy as np
 
 from resilient_moe.recovery import actions as act
 from resilient_moe.recovery.price import Hardware
-from resilient_moe.recovery.view import ClusterView, Tier
+from resilient_moe.recovery.view import ClusterView, Tier, absent
 from resilient_moe.serving.backend import Placed
 from resilient_moe.serving.scheduler import StepBatch
 from resilient_moe.sim.cost_model import Costs, StepLoad
@@ -112,6 +112,9 @@ class RooflineTiming:
     """Process, programs, and the rest of a restart's price: weights."""
     hardware = self.costs.hardware(view)
     action = act.RestartInstance(tuple(view.mesh.tolist()), cache)
+    if cache:  # its price must not hold what compiling takes
+      name = absent(view.launched, view.mesh)
+      view = dataclasses.replace(view, cached=view.cached | {name})
     whole = self.costs.price(action, view).seconds
     programs = hardware.load_executable_s if cache else hardware.compile_s
     rest = whole - hardware.process_start_s - programs

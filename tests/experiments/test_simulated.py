@@ -110,6 +110,12 @@ def test_calibration_finds_the_machine_it_was_shown(
   assert "rank_lost_decode/mesh_shrink/seed1: affected_stall_s" in out
   assert _fitted(tmp_path, "--holdout=kv_restore") == 0
   assert "over 3 held-out runs" in capsys.readouterr().out
+  assert _fitted(tmp_path, "--cross=policy") == 0
+  out = capsys.readouterr().out
+  assert "calibrated on 12 simulated runs" in out
+  assert "at the run's speed" in out
+  assert "over 9 held-out runs" in out
+  assert _fitted(tmp_path, "--cross=rank") == calibrate.BAD_INPUT
   assert _fitted(tmp_path, "--holdout=retry") == calibrate.BAD_INPUT
 
 
