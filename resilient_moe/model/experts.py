@@ -2,7 +2,8 @@
 
 Cost grows with the rows, not with the experts held (`jax_facts.md`, "Expert
 matmul in plain XLA"): rows are sorted by slot, each slot's rows are padded to
-whole blocks, and a loop visits the blocks that exist.
+whole blocks, and a loop visits the slots that have rows, and their blocks. A
+slot's weights are copied out of the stack once, however many blocks it has.
 """
 
 from collections.abc import Callable
@@ -70,14 +71,18 @@ def _plan(slots: jax.Array, n_slots: int, block: int) -> tuple:
 
 def _rows_of(i: Any, plan: tuple, block: int) -> tuple[jax.Array, jax.Array]:
   """The slot of block `i` and its rows [block]; M stands for "no row"."""
-  order, row_start, row_end, block_start, block_ends = plan
+  _, _, row_end, block_start, block_ends = plan
   slot = (block_ends <= i).sum().astype(jnp.int32)
   slot = jnp.minimum(slot, row_end.shape[0] - 1)
-  at = row_start[slot] + (i - block_start[slot]) * block
-  at = at + jnp.arange(block, dtype=jnp.int32)
+  return slot, _rows_in(slot, i - block_start[slot], plan, block)
+
+
+def _rows_in(slot: Any, j: Any, plan: tuple, block: int) -> jax.Array:
+  """The rows [block] of a slot's block `j`; M stands for "no row"."""
+  order, row_start, row_end, *_ = plan
+  at = row_start[slot] + j * block + jnp.arange(block, dtype=jnp.int32)
   m = order.shape[0]
-  rows = jnp.where(at < row_end[slot], order[jnp.minimum(at, m - 1)], m)
-  return slot, rows
+  return jnp.where(at < row_end[slot], order[jnp.minimum(at, m - 1)], m)
 
 
 def run_blocks(
@@ -112,20 +117,28 @@ def _run_blocks(
   m = slots.shape[0]
   block = block_size(m, fixed_block)
   plan = _plan(slots, experts["down"].shape[1], block)
+  blocks = plan[4] - plan[3]  # of each slot
+  used = jnp.argsort(blocks == 0, stable=True).astype(jnp.int32)
 
   def weights(stack: jax.Array, slot: jax.Array) -> jax.Array:
     start = (layer, slot) + (0,) * (stack.ndim - 2)
     return jax.lax.dynamic_slice(stack, start, (1, 1, *stack.shape[2:]))[0, 0]
 
   def body(i: jax.Array, y: jax.Array) -> jax.Array:
-    slot, rows = _rows_of(i, plan, block)
-    xb = x[token[jnp.minimum(rows, m - 1)]]
+    slot = used[i]
     one = {name: weights(stack, slot) for name, stack in experts.items()}
-    yb = mlp(activation, xb, **one)
-    return y.at[rows].set(yb, mode="drop", unique_indices=False)
+
+    def one_block(j: jax.Array, y: jax.Array) -> jax.Array:
+      rows = _rows_in(slot, j, plan, block)
+      xb = x[token[jnp.minimum(rows, m - 1)]]
+      yb = mlp(activation, xb, **one)
+      return y.at[rows].set(yb, mode="drop", unique_indices=False)
+
+    return jax.lax.fori_loop(0, blocks[slot], one_block, y)
 
   y = jnp.zeros((m, x.shape[1]), x.dtype)
-  return jax.lax.fori_loop(0, plan[-1][-1], body, y)
+  n_used = (blocks > 0).sum().astype(jnp.int32)
+  return jax.lax.fori_loop(0, n_used, body, y)
 
 
 def run_static(

@@ -306,3 +306,30 @@ def test_digest_is_kept(checkpoint, tmp_path):
   lost_experts.run(config, tmp_path / "out")
   kept = json.loads((tmp_path / "out" / "config.json").read_text())
   assert len(kept["digest"]) == 16
+
+
+def test_published_checkpoints_count_tokens_and_bytes(params, tmp_path):
+  tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
+  from third_party.huggingface.save import save_huggingface
+
+  untied = dataclasses.replace(TINY, tied_embeddings=False, vocab_size=300)
+  folder = tmp_path / "mixtral"
+  save_huggingface(folder, untied, _random(untied), "mixtral")
+  bpe = tokenizers.ByteLevelBPETokenizer()
+  bpe.train_from_iterator([8 * TEXT], vocab_size=300)
+  bpe.save(str(folder / "tokenizer.json"))
+  config = _config(folder, tmp_path, fractions="0", windows=4)
+  (row,) = lost_experts.run(config, tmp_path / "out")
+  kept = json.loads((tmp_path / "out/cells/english-whole.json").read_text())
+  tokens, nbytes = sum(kept["tokens"]), sum(kept["bytes"])
+  assert tokens < nbytes  # tokens of several bytes
+  assert row.token_bits[0] * tokens == pytest.approx(row.bits[0] * nbytes)
+  table = (tmp_path / "out/table.md").read_text()
+  assert "bits per token" in table
+  assert "next-token accuracy" in table
+
+
+def test_a_published_checkpoint_without_tokenizer_is_refused(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+  with pytest.raises(ValueError, match="tokenizer.json is missing"):
+    lost_experts.load_model(str(tmp_path), "float32")

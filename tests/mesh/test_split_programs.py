@@ -8,7 +8,21 @@ from resilient_moe.mesh import programs, split_programs
 from resilient_moe.model.step import batch_width
 from tests.mesh import shapes
 
-DENSE_FIRST = {"dense_layers": 1, "dense_width": 24, "shared_width": 16}
+MODELS = {
+  "plain": {},
+  "dense-first": {"dense_layers": 1, "dense_width": 24, "shared_width": 16},
+  "latent": {
+    "attention": "mla", "kv_rank": 8, "nope_dim": 6, "rope_dim": 4,
+    "value_dim": 5, "q_rank": 12, "router": "sigmoid_topk",
+    "correction_bias": True, "expert_groups": 3, "top_groups": 2,
+    "n_layers": 3, "dense_layers": 1, "dense_width": 24, "shared_width": 16,
+  },
+  "sinks": {
+    "router": "topk_softmax", "router_bias": True, "sinks": True,
+    "windows": (4, 0), "attention_bias": True, "expert_bias": True,
+    "activation": "clamped_swiglu",
+  },
+}  # fmt: skip
 
 
 def compiled(lower, shape) -> dict:
@@ -60,10 +74,9 @@ def split_step(shape, ready, params, cache, ints, chunk, experts) -> tuple:
 
 
 @pytest.mark.parametrize("chunk", [0, 8])
-@pytest.mark.parametrize("dense_first", [False, True])
-def test_bits_are_those_of_the_whole_step(chunk, dense_first):
-  changes = DENSE_FIRST if dense_first else {}
-  shape = shapes.instance_of(slots=6, **changes)
+@pytest.mark.parametrize("model", MODELS)
+def test_bits_are_those_of_the_whole_step(chunk, model):
+  shape = shapes.instance_of(slots=6, **MODELS[model])
   params, cache, routing, _ = shapes.values(shape, 1, chunk)
   ints = batch(shape, chunk)
   whole = programs.lower_step(shape, jax.devices()[:1], chunk).compile()
@@ -81,3 +94,9 @@ def test_bits_are_those_of_the_whole_step(chunk, dense_first):
   np.testing.assert_array_equal(
     np.asarray(said)[0, live], np.asarray(tokens)[0, live]
   )
+
+
+def test_dense_layers_between_the_others_are_one_clear_error():
+  shape = shapes.instance_of(2, n_layers=3, dense_at=(1,), dense_width=8)
+  with pytest.raises(ValueError, match=r"dense_at=\(1,\): a disaggregated"):
+    split_programs.lower_attention_programs(shape, jax.devices()[0])

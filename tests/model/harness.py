@@ -54,9 +54,11 @@ def tiny_params(config: ModelConfig = TINY, seed: int = 0) -> dict:
     return noise.astype(np.float32)
 
   params = jax.tree.map(draw, describe(config), is_leaf=is_spec)
-  moe = params["groups"][-1]["moe"]
-  params["groups"][-1]["moe"] = {**moe, "router": moe["router"] * 4}
-  return params
+  for group in params["groups"]:
+    if "moe" in group:
+      group["moe"]["router"] *= 4
+  cast = lambda spec, x: x.astype(spec.dtype)
+  return jax.tree.map(cast, describe(config), params, is_leaf=is_spec)
 
 
 class Token(NamedTuple):
@@ -84,16 +86,20 @@ class Prompt(NamedTuple):
 class Result(NamedTuple):
   """What a step returned, as NumPy."""
 
-  delta: np.ndarray  # [L, R, B + C, 2K, d]
+  delta: np.ndarray  # [L, R, B + C, heads, w]
   logits: np.ndarray  # [R, B + 1, V]
   tokens: np.ndarray  # [R, B + 1]
 
 
 def placement(
-  n_ranks: int, slots: int, *, order: np.ndarray | None = None, copies: int = 1
+  n_ranks: int,
+  slots: int,
+  *,
+  order: np.ndarray | None = None,
+  copies: int = 1,
+  e: int = TINY.n_experts,
 ) -> np.ndarray:
   """[E, copies, 2] (rank, slot): the slots are filled in `order`."""
-  e = TINY.n_experts
   filled = np.resize(np.arange(e) if order is None else order, copies * e)
   entries = np.full((e, copies, 2), -1, np.int32)
   for index, expert in enumerate(filled):
@@ -120,17 +126,18 @@ class Engine:
     )
     self.config = config
     self.n_ranks, self.logical = n_ranks, logical
-    slots = -(-copies * TINY.n_experts // n_ranks)
+    slots = -(-copies * config.n_experts // n_ranks)
     self.shape = programs.InstanceShape(config, self.options, slots, copies)
     self._programs: dict[int, tuple] = {}
-    self.place(placement(n_ranks, slots))
+    self.place(placement(n_ranks, slots, e=config.n_experts))
     self.reset()
 
   def reset(self) -> None:
     """Fills the cache with what no result may depend on."""
     size = list(step.cache_shape(self.config, self.options))
     size[1] = self.n_ranks
-    self.cache = self._put(np.full(size, 0.5, np.float32), P(None, AXIS))
+    full = np.full(size, 0.5, self.config.dtype)
+    self.cache = self._put(full, P(None, AXIS))
 
   def place(self, entries: np.ndarray) -> None:
     """Weights into slots, and the routing table that says so."""
@@ -145,7 +152,7 @@ class Engine:
     wide[:, : entries.shape[1]] = entries
     routing = step.routing_arrays(
       wide, np.arange(self.n_ranks), self.shape.slots,
-      np.zeros(TINY.n_experts, bool),
+      np.zeros(self.config.n_experts, bool),
     )  # fmt: skip
     specs, _ = programs.step_specs(self.shape)
     params = programs.with_experts(tree["dense"], stacks)

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -6,25 +7,28 @@ import numpy as np
 import pytest
 
 from resilient_moe.model import ModelConfig, StepOptions
-from resilient_moe.model.attention import attend, attend_plain
-from resilient_moe.model.projections import queries_and_kv
+from resilient_moe.model.attention import Reach, attend, attend_plain
+from resilient_moe.model.projections import attention_output, queries_and_kv
 from resilient_moe.model.rope import rope
-from tests.model.harness import fast_jit
+from tests.model.families import LATENT
+from tests.model.harness import fast_jit, tiny_params
 
 HEADS, KV_HEADS, D = 4, 2, 8
 
 
-def dense(q, kv, at):
-  """Attention of one sequence in float64: q [Q, H, d], kv [T, 2K, d]."""
+def dense(q, kv, at, latent=0, window=0, sinks=None):
+  """Attention of one sequence in float64: q [Q, H, d], kv [T, heads, d]."""
   q, kv = q.astype(np.float64), kv.astype(np.float64)
-  k, v = np.split(kv, 2, axis=1)
-  out = np.zeros_like(q)
+  k, v = (kv, kv[..., :latent]) if latent else np.split(kv, 2, axis=1)
+  out = np.zeros((*q.shape[:2], v.shape[-1]))
   for i, position in enumerate(at):
+    seen = slice(max(0, position + 1 - window) if window else 0, position + 1)
     for h in range(q.shape[1]):
       g = h // (q.shape[1] // k.shape[1])
-      scores = k[: position + 1, g] @ q[i, h]
-      p = np.exp(scores - scores.max())
-      out[i, h] = (p / p.sum()) @ v[: position + 1, g]
+      scores = k[seen, g] @ q[i, h]
+      p = np.exp(scores)
+      total = p.sum() + (0 if sinks is None else np.exp(sinks[h]))
+      out[i, h] = p / total @ v[seen, g]
   return out
 
 
@@ -32,13 +36,16 @@ def draw(rng, *shape):
   return rng.standard_normal(shape).astype(np.float32)
 
 
-@functools.partial(fast_jit, static_argnames="kv_block")
-def run(q, kv_new, start, length, cache, kv_block):
+@functools.partial(fast_jit, static_argnames=("kv_block", "latent"))
+def run(
+  q, kv_new, start, length, cache, kv_block, latent=0, sinks=None, window=None
+):
   def block(j):
     return jax.lax.dynamic_slice_in_dim(cache, j * kv_block, kv_block, 2)
 
   options = StepOptions(kv_block=kv_block)
-  return attend(q, kv_new, start, length, block, options)
+  reach = Reach(latent, sinks, window)
+  return attend(q, kv_new, start, length, block, options, reach)
 
 
 def cached(kv, starts, size, fill=1e4):
@@ -111,6 +118,56 @@ def test_decoded_and_prefilled_tokens_have_equal_bits(kv_heads, rng):
     np.testing.assert_array_equal(part(at, at + 1)[0], whole[at])
 
 
+REACHES = {
+  "sinks": {"sinks": np.array([-1, 0.5, 2, 3], np.float32)},
+  "window-within-a-block": {"window": np.int32(5)},
+  "window-over-blocks": {"window": np.int32(23)},
+  "window-off": {"window": np.int32(0)},
+  "latent": {"latent": 6},
+  "all": {
+    "sinks": np.array([1, -0.5, 2, 0], np.float32), "window": np.int32(9),
+    "latent": 5,
+  },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reach", REACHES)
+def test_sinks_windows_and_latents_are_those_of_dense_attention(reach, rng):
+  how, n, starts = REACHES[reach], 40, (0, 7, 16)
+  heads = 1 if "latent" in how else 2 * KV_HEADS
+  kv, q = draw(rng, 3, 64, heads, D), draw(rng, 3, n, HEADS, D)
+  new = np.stack([kv[i, s : s + n] for i, s in enumerate(starts)])
+  start, length = np.array(starts, np.int32), np.full(3, n, np.int32)
+  out = run(q, new, start, length, cached(kv, starts, 64), 16, **how)
+  for i, s in enumerate(starts):
+    want = dense(q[i], kv[i], np.arange(s, s + n), **how)
+    np.testing.assert_allclose(out[i], want, atol=2e-5)
+    last = np.array([s + n - 1], np.int32)  # by itself, as when decoding
+    one = run(
+      q[i : i + 1, -1:], kv[i : i + 1, last], last, np.ones(1, np.int32),
+      cached(kv[i : i + 1], last, 64), 16, **how,
+    )  # fmt: skip
+    np.testing.assert_array_equal(one[0, 0], out[i, -1])
+  plain = fast_jit(lambda q, kv: attend_plain(q, kv, Reach(**how)))
+  got = plain(q, kv[:, :n])
+  for i in range(3):
+    want = dense(q[i], kv[i], np.arange(n), **how)
+    np.testing.assert_allclose(got[i], want, atol=1e-5)
+
+
+def test_blocks_before_every_window_are_not_read(rng):
+  """NaN in them would reach a masked product."""
+  kv, q = draw(rng, 2, 64, 2 * KV_HEADS, D), draw(rng, 2, 1, HEADS, D)
+  at, one = np.array([50, 60], np.int32), np.ones(2, np.int32)
+  cache = cached(kv, at, 64)
+  cache[:, :, :32] = np.nan
+  new = kv[np.arange(2), at][:, None]
+  out = run(q, new, at, one, cache, 16, window=np.int32(12))
+  for i in range(2):
+    want = dense(q[i], kv[i], at[i : i + 1], window=12)
+    np.testing.assert_allclose(out[i], want, atol=2e-5)
+
+
 def test_without_a_cache_it_is_plain_attention(rng):
   q, kv = draw(rng, 2, 21, HEADS, D), draw(rng, 2, 21, 2 * KV_HEADS, D)
   zero, n = np.zeros(2, np.int32), np.full(2, 21, np.int32)
@@ -147,3 +204,32 @@ def test_queries_are_scaled_and_values_left(rng):
   close(q, turned[:, :HEADS] / np.sqrt(D))
   close(kv[:, :KV_HEADS], turned[:, HEADS : HEADS + KV_HEADS])
   close(kv[:, KV_HEADS:], heads[:, HEADS + KV_HEADS :])
+
+
+def test_absorbed_projections_are_the_expanded_ones(rng):
+  """DeepSeek-V2, equations 9 to 16, with heads as wide as they are trained."""
+  c = dataclasses.replace(LATENT, rope_theta=100.0)
+  h = draw(rng, 6, 32)
+  w = {n: x[0] for n, x in tiny_params(c)["groups"][0]["attention"].items()}
+  at = np.arange(6, dtype=np.int32)
+  q, kv = fast_jit(lambda h: queries_and_kv(c, w, h, jnp.asarray(at)))(h)
+  out = attend_plain(q[None], kv[None], Reach(c.kv_rank))[0]
+  got = fast_jit(lambda out: attention_output(c, w, out))(out)
+  heads = (h @ w["q"]).reshape(6, 4, 10)
+  low = h @ w["kv_a"]
+  latent = low[:, :16]
+  latent /= np.sqrt((latent**2).mean(-1, keepdims=True) + 1e-6)
+  latent *= w["kv_a_norm"]
+  turn = fast_jit(lambda x: rope(x, jnp.asarray(at), c))
+  queries = np.concatenate([heads[..., :6], turn(heads[..., 6:])], axis=-1)
+  key = np.broadcast_to(turn(low[:, None, 16:]), (6, 4, 4))
+  keys = np.einsum("tr,hpr->thp", latent, w["k_up"])
+  keys = np.concatenate([keys, key], axis=-1)
+  values = np.einsum("tr,hrv->thv", latent, w["v_up"])
+  wide = np.zeros((6, 4, 10), np.float32)  # values as wide as keys
+  wide[..., :8] = values
+  want = dense(
+    queries / np.sqrt(10), np.concatenate([keys, wide], axis=1), range(6)
+  )
+  want = want[..., :8].reshape(6, -1) @ w["out"]
+  np.testing.assert_allclose(got, want, atol=2e-5)

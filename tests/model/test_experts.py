@@ -106,3 +106,34 @@ def test_static_kernel_has_the_gradient_of_the_reference(rng):
   got, want = (grad(x, down, f) for f in (static, plain))
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def _while_bodies(jaxpr):
+  """The jaxprs of loops directly inside `jaxpr`, calls looked through."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "while":
+      yield equation.params["body_jaxpr"].jaxpr
+      continue
+    for value in equation.params.values():
+      inner = getattr(value, "jaxpr", None)
+      if inner is not None:
+        yield from _while_bodies(inner)
+
+
+def test_weights_are_copied_once_a_slot_and_not_once_a_block(rng):
+  experts = jax.tree.map(lambda w: w[:, 0], cases.stacks(np.arange(4)[None]))
+  d = experts["down"].shape[-1]
+  x = rng.standard_normal((6, d)).astype(np.float32)
+  token, slots = assignments(rng.integers(0, 4, (6, 2)), 4)
+  kernel = functools.partial(KERNELS["blocks"], fixed_block=8)
+  traced = jax.make_jaxpr(kernel)(experts, jnp.int32(0), x, token, slots)
+  (slot_loop,) = _while_bodies(traced.jaxpr)
+  (block_loop,) = _while_bodies(slot_loop)
+  copies = lambda jaxpr: [
+    equation
+    for equation in jaxpr.eqns
+    if equation.primitive.name == "dynamic_slice"
+    and equation.invars[0].aval.ndim == 4
+  ]
+  assert len(copies(slot_loop)) == 2
+  assert not copies(block_loop)

@@ -57,6 +57,19 @@ def test_the_logits_are_those_of_the_reference(name, models, rng):
       pytest.fail(f"{name}, seed {seed}: logits differ by {worst:.2e}; {where}")
 
 
+def test_the_first_layer_that_differs_is_named(models, rng):
+  made, config, params = models("mixtral", 0)
+  tokens = draw(rng, 2, T)
+  [group] = params["groups"]
+  out = group["attention"]["out"]
+  attention = {**group["attention"], "out": out.at[1, 0, 0].add(0.1)}
+  wrong = {**params, "groups": [{**group, "attention": attention}]}
+  said = first_difference(config, wrong, made, tokens, TOLERANCE)
+  assert said.startswith("layer 1 differs first")
+  said = first_difference(config, params, made, tokens, TOLERANCE)
+  assert said == "no layer before the last one differs"
+
+
 def serve(
   loaded: Loaded, ranks: int, prompts: np.ndarray, steps: int
 ) -> np.ndarray:
