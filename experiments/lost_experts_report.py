@@ -7,21 +7,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.lost_experts_score import HOW
+from resilient_moe.report import lost_experts, style
 from resilient_moe.report.latex import escape
 from resilient_moe.report.runs import write_text
 from resilient_moe.report.table import grid
 
-# Okabe and Ito's colours, as in `report/figures.py`.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73")
-_MARKERS = ("o", "s", "^")
-_STYLE: Any = {
-  "font.size": 7,
-  "axes.linewidth": 0.5,
-  "xtick.major.width": 0.5,
-  "ytick.major.width": 0.5,
-  "pdf.fonttype": 42,
-}
 Stat = tuple[float, float, float]  # value, 95% interval
 
 
@@ -122,70 +112,33 @@ def to_latex(rows: Sequence[Row], by_token: bool) -> str:
   return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
+def cells_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+  """The rows as the figure takes them, as `read_csv` gives them back."""
+  stats = [field.name for field in dataclasses.fields(Row)][5:]
+  found = []
+  for row in rows:
+    cell = {n: v for n, v in vars(row).items() if n not in stats}
+    for name in stats:
+      value, low, high = getattr(row, name)
+      cell |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    found.append(cell)
+  return found
+
+
+def read_csv(file: pathlib.Path) -> list[dict[str, Any]]:
+  """The cells of a table.csv that `write` left."""
+  text = ("domain", "lost", "which", "how")
+  with file.open(encoding="utf-8", newline="") as lines:
+    return [
+      {k: v if k in text else float(v) for k, v in line.items()}
+      for line in csv.DictReader(lines)
+    ]
+
+
 def draw(rows: Sequence[Row], by_token: bool) -> Any:
   """Bits and accuracy over the fraction lost, a column a domain."""
-  import matplotlib
-  from matplotlib.figure import Figure
-
-  domains = list(dict.fromkeys(row.domain for row in rows))
-  with matplotlib.rc_context(_STYLE):
-    figure: Any = Figure(
-      figsize=(0.6 + 2.1 * len(domains), 3.6), layout="constrained"
-    )
-    axes = figure.subplots(
-      2, len(domains), sharex=True, sharey="row", squeeze=False
-    )
-    for column, domain in enumerate(domains):
-      mine = [row for row in rows if row.domain == domain]
-      for axis, metric in zip(
-        axes[:, column], ("bits", "accuracy"), strict=True
-      ):
-        _panel(axis, mine, metric)
-      axes[0, column].set_title(domain, fontsize=7)
-      axes[1, column].set_xlabel("experts lost")
-    unit = "token" if by_token else "byte"
-    axes[0, 0].set_ylabel("bits per byte")
-    axes[1, 0].set_ylabel(f"next-{unit} accuracy")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(
-      handles, labels, loc="outside lower center", ncols=3, frameon=False
-    )
-  return figure
-
-
-def _panel(axis: Any, rows: Sequence[Row], metric: str) -> None:
-  """One domain and metric; bars are the intervals."""
-  whole = next((row for row in rows if not row.which), None)
-  shares = sorted({row.share for row in rows if row.which})
-  place = {share: i for i, share in enumerate(shares)}
-  names = {row.share: row.lost for row in rows}
-  if whole is not None:
-    value, low, high = getattr(whole, metric)
-    axis.axhline(value, color="#8a8a8a", lw=0.6, ls="--", label="none lost")
-    axis.axhspan(low, high, color="#8a8a8a", alpha=0.15, lw=0)
-  lines = list(dict.fromkeys((r.which, r.how) for r in rows if r.which))
-  for number, (which, how) in enumerate(lines):
-    mine = [r for r in rows if (r.which, r.how) == (which, how)]
-    stats = [getattr(r, metric) for r in mine]
-    # Side by side, so that intervals don't hide one another.
-    shift = 0.08 * (number - (len(lines) - 1) / 2)
-    style = HOW.index(how)
-    axis.errorbar(
-      [place[r.share] + shift for r in mine],
-      [s[0] for s in stats],
-      yerr=[[s[0] - s[1] for s in stats], [s[2] - s[0] for s in stats]],
-      color=_COLOURS[style],
-      marker=_MARKERS[style],
-      markersize=2.5,
-      markerfacecolor=_COLOURS[style] if which.startswith("most") else "w",
-      lw=0.9,
-      elinewidth=0.6,
-      ls="-" if which.startswith("most") else (0, (4, 1.5)),
-      label=f"{which}, {how}",
-    )
-  axis.set_xticks(range(len(shares)), [names[s] for s in shares])
-  for side in ("top", "right"):
-    axis.spines[side].set_visible(False)
+  unit = "token" if by_token else "byte"
+  return lost_experts.lost_experts_figure(cells_of(rows), unit)
 
 
 def write(
@@ -195,12 +148,7 @@ def write(
   write_text(folder / "table.md", to_markdown(rows, by_token, notes))
   write_text(folder / "table.csv", to_csv(rows))
   write_text(folder / "table.tex", to_latex(rows, by_token))
-  figure = draw(rows, by_token)
-  names = []
-  for suffix in (".png", ".pdf"):
-    path = folder / f"lost_experts{suffix}"
-    temporary = path.with_name(f".{path.name}{suffix}")
-    figure.savefig(temporary, dpi=200)
-    temporary.replace(path)
-    names.append(path.name)
+  with style.context():
+    drawn = style.save(draw(rows, by_token), folder / "lost_experts")
+  names = [path.name for path in drawn]
   return ["table.md", "table.csv", "table.tex", *names]

@@ -4,15 +4,16 @@
   python -m experiments.published --config=configs/published.py --workdir=DIR \
       --config.only=eep --config.eep.slots_per_rank=17
 
-Writes published.csv, published.md and published.tex, and prints the readable
-one. A row is *predicted* or follows *by construction* from numbers of the
-paper (`resilient_moe/sim/published.py` says what that means); each names its
-inputs. The plans are those of the policies in `policies/`.
+Writes published.csv, published.md, published.tex and provenance.json, and
+prints the readable one. A row is *predicted* or follows *by construction* from
+numbers of the paper (`resilient_moe/sim/published.py` says what that means);
+each names its inputs. The plans are those of the policies in `policies/`.
 """
 
 import csv
 import inspect
 import io
+import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -207,6 +208,8 @@ def main(argv: Sequence[str]) -> int:
     rows = compose(config.to_dict())
     origin = provenance("experiments.published", argv, "simulated", 0)
     print(write(rows, workdir, origin["command"]))
+    text = json.dumps(origin, indent=2) + "\n"
+    write_text(workdir / "provenance.json", text)
   except (ValueError, OSError) as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2

@@ -19,7 +19,8 @@ from typing import Any
 from absl import flags
 
 from resilient_moe import report
-from resilient_moe.report import figures as style
+from resilient_moe.report import style
+from resilient_moe.report.figures import FAULT
 from resilient_moe.report.runs import TWIN, write_text
 from resilient_moe.report.table import grid, short
 
@@ -108,7 +109,7 @@ def _draw_row(
 ) -> None:
   """One request: a dot for each token, a bar for the gap."""
   # Shapes too, for whoever sees no colours.
-  colour, marker = style._COLOURS[row.affected], "os"[row.affected]
+  colour, marker = style.COLOURS[row.affected], "os"[row.affected]
   fault_s = row.fault["t"]
   if row.gap_s is not None:
     ends = [t - fault_s for t in row.gap_s]
@@ -116,7 +117,7 @@ def _draw_row(
     at_least = ">= " if row.open else ""
     text = f" {at_least}{_text(row.stall_s)} s ({_text(row.stall_gaps)})"
     beside = axis.get_yaxis_transform()
-    axis.text(1.01, y, text, va="center", transform=beside, size=5)
+    axis.text(1.01, y, text, va="center", transform=beside)
     if ends[1] > edge:
       axis.plot(edge, y, marker=">", color=colour, ms=3, clip_on=False)
   times = [t - fault_s for t in row.tokens_s]
@@ -134,29 +135,28 @@ def _draw(axis: Any, mine: Timelines) -> None:
     _draw_row(axis, row, y, high)
   axis.set_xlim(low, high)
   axis.set_ylim(len(rows) - 0.4, -0.6)
-  axis.axvline(0, color=style._FAULT, lw=0.8)
+  axis.axvline(0, **FAULT)
   fault_s = rows[0].fault["t"]
   for resumed_s in {r.resumed_s for r in mine if r.resumed_s is not None}:
     axis.axvline(resumed_s - fault_s, color="#000000", lw=0.8, ls="--")
   affected = sum(row.affected for row in rows)
   if 0 < affected < len(rows):
     axis.axhline(affected - 0.5, color="#8a8a8a", lw=0.4)
-  axis.set_yticks(range(len(rows)), [_label(row) for row in rows], size=5)
-  axis.spines[["top", "right"]].set_visible(False)
+  axis.set_yticks(range(len(rows)), [_label(row) for row in rows])
   some = f"; {len(rows)} of {len(mine)} requests" * (len(rows) < len(mine))
-  axis.set_title(_title(rows[0].fault) + some, loc="left", fontsize=7)
-  axis.set_title("stall (in usual gaps)", loc="right", fontsize=5)
+  axis.set_title(_title(rows[0].fault) + some, loc="left")
+  axis.set_title("stall (in usual gaps)", loc="right")
 
 
 def _handles() -> list[Any]:
   from matplotlib.lines import Line2D
 
-  blue, orange = style._COLOURS[:2]
+  blue, orange = style.COLOURS[:2]
   looks: dict[str, dict[str, Any]] = {
     "token, affected": {"marker": "s", "color": orange, "ls": "", "ms": 4},
     "token, unaffected": {"marker": "o", "color": blue, "ls": "", "ms": 4},
     "longest gap": {"color": "#8a8a8a", "lw": 3, "alpha": 0.5},
-    "fault": {"color": style._FAULT, "lw": 0.8},
+    "fault": FAULT,
     "resumed": {"color": "#000000", "lw": 0.8, "ls": "--"},
     "moved": {"ms": 4, **_MOVED},
   }
@@ -167,21 +167,16 @@ def request_figure(
   timelines: Timelines, stem: pathlib.Path
 ) -> list[pathlib.Path]:
   """Draws a panel a fault, a row a request; writes STEM.png and STEM.pdf."""
-  import matplotlib
-  from matplotlib.figure import Figure
-
   found = panels(timelines)
-  heights = [0.45 + 0.11 * min(len(mine), SHOWN) for mine in found]
-  with matplotlib.rc_context(style._STYLE):
-    figure: Any = Figure((7.0, 0.5 + sum(heights)), layout="constrained")
+  heights = [0.45 + 0.14 * min(len(mine), SHOWN) for mine in found]
+  with style.context():
+    figure = style.figure(style.PAGE_IN, 0.6 + sum(heights))
     axes = figure.subplots(len(found), squeeze=False, height_ratios=heights)
     for axis, mine in zip(axes[:, 0], found, strict=True):
       _draw(axis, mine)
-    axes[-1, 0].set_xlabel("seconds since the fault")
-    figure.legend(
-      handles=_handles(), loc="outside lower center", ncols=6, frameon=False
-    )
-    return style._save(figure, stem)
+    axes[-1, 0].set_xlabel("time since the fault (s)")
+    figure.legend(handles=_handles(), loc="outside lower center", ncols=6)
+    return style.save(figure, stem)
 
 
 def _parse(argv: Sequence[str]) -> tuple[pathlib.Path, float]:

@@ -15,6 +15,7 @@ from experiments import ngram
 from experiments.corpus import Corpus
 from experiments.train_eval import evaluate, sample
 from resilient_moe.model import ModelConfig
+from resilient_moe.report import style
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
 _PROMPTS = (b"\0The ", b'\0class Queue(Base):\n    """')
@@ -157,32 +158,31 @@ def plot(
   file: pathlib.Path, metrics: list[dict[str, float]], ngram_bits: float
 ) -> None:
   """Training and held-out loss over the steps, and the n-gram's line."""
-  # The Figure class, not pyplot: no global state, no display.
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(6, 3.4), layout="constrained")
-  axes = figure.subplots()
-  held = [m for m in metrics if "held_out_bits_per_byte" in m]
-  axes.plot(
-    [m["step"] for m in metrics],
-    [m["bits_per_byte"] for m in metrics],
-    lw=0.6,
-    color="0.6",
-    label="training batch",
-  )
-  axes.plot(
-    [m["step"] for m in held],
-    [m["held_out_bits_per_byte"] for m in held],
-    lw=1.6,
-    color="C0",
-    label="held-out slice",
-  )
-  axes.axhline(
-    ngram_bits, ls="--", lw=1, color="C3", label="Kneser-Ney, all held-out text"
-  )
-  axes.set(xlabel="step", ylabel="bits per byte", ylim=(1, 5.5))
-  axes.legend(frameon=False)
-  figure.savefig(file, dpi=110)
+  with style.context():
+    figure = style.figure(style.PAGE_IN, 3.4)
+    axes = figure.subplots()
+    held = [m for m in metrics if "held_out_bits_per_byte" in m]
+    axes.plot(
+      [m["step"] for m in metrics],
+      [m["bits_per_byte"] for m in metrics],
+      lw=0.6,
+      color=style.GREY,
+      label="training batch",
+    )
+    axes.plot(
+      [m["step"] for m in held],
+      [m["held_out_bits_per_byte"] for m in held],
+      lw=1.6,
+      color=style.BLUE,
+      label="held-out slice",
+    )
+    axes.axhline(
+      ngram_bits, ls="--", lw=1, color=style.VERMILION,
+      label="Kneser-Ney, all held-out text",
+    )  # fmt: skip
+    axes.set(xlabel="step", ylabel="bits per byte", ylim=(1, 5.5))
+    axes.legend()
+    figure.savefig(file, dpi=110)
 
 
 def command_line(argv: list[str]) -> str:

@@ -3,8 +3,9 @@
 Needs no JAX, and matplotlib only once a figure is drawn.
 """
 
+from resilient_moe.report.breakdown import breakdown_figure
 from resilient_moe.report.checkers import Checker, Value, Verdict
-from resilient_moe.report.figures import timeline
+from resilient_moe.report.figures import timeline, timeline_figure
 from resilient_moe.report.history import (
     SCHEMA,
     Event,
@@ -70,6 +71,7 @@ __all__ = [
     "Verdict",
     "affected_requests",
     "before_and_after",
+    "breakdown_figure",
     "fault_stalls",
     "goodput",
     "ledger_of",
@@ -86,6 +88,7 @@ __all__ = [
     "speedups",
     "stall_by_action",
     "timeline",
+    "timeline_figure",
     "to_csv",
     "to_markdown",
     "trace",

@@ -15,6 +15,9 @@ _ESCAPES = {
     "$": r"\$",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
 }
 
 _HEAD = r"""% \usepackage{booktabs} in the preamble, then \input this file.
@@ -39,19 +42,39 @@ def heading(name: str) -> str:
   return rf"\shortstack{{{text}}}"
 
 
-def _cell(text: str) -> str:
-  # The interval goes below its median, so that the table fits a page.
+def cell(text: str) -> str:
+  """A table's cell, as LaTeX."""
+  # The interval goes below its median, so that the table fits a page; the
+  # median is what stands on the row's line.
   text = "--" if text == "-" else escape(text)
   median, bracket, interval = text.partition(" [")
   if not bracket:
     return text
-  return rf"\shortstack{{{median} \\ {{[{interval}}}}}"
+  stack = rf"\shortstack{{{median} \\ {{[{interval}}}}}"
+  return rf"\raisebox{{-1.2em}}{{{stack}}}"
+
+
+def tabular(
+    align: str,
+    header: Sequence[str],
+    groups: Sequence[Sequence[Sequence[str]]],
+) -> str:
+  """A booktabs `tabular` of LaTeX cells, a rule between two groups of rows."""
+  for line in (header, *(line for group in groups for line in group)):
+    if len(line) != len(align):
+      raise ValueError(f"{len(line)} cells for {len(align)} columns: {line}")
+  lines = [rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
+  lines.append(" & ".join(header) + r" \\")
+  for group in groups:
+    lines.append(r"\midrule")
+    lines += [" & ".join(line) + r" \\" for line in group]
+  return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def latex(
     rows: Sequence[Row],
     columns: Sequence[str],
-    cell: Callable[[Row, str], str],
+    shown: Callable[[Row, str], str],
     verdict_cell: Callable[[Row], str],
 ) -> str:
   """The rows as a `tabular`; needs the package booktabs and no other."""
@@ -65,7 +88,7 @@ def latex(
       span = rf"\multicolumn{{{len(names)}}}{{l}}"
       lines += [r"\midrule", rf"{span}{{\emph{{{escape(scenario)}}}}} \\"]
     first = [row.policy, row.runtime, row.deployment, str(row.seeds)]
-    numbers = [_cell(cell(row, name)) for name in columns]
+    numbers = [cell(shown(row, name)) for name in columns]
     cells = [*map(escape, first), *numbers, escape(verdict_cell(row))]
     lines.append(" & ".join(cells) + r" \\")
   lines += [r"\bottomrule", r"\end{tabular}", ""]

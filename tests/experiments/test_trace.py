@@ -33,7 +33,7 @@ def drawn(monkeypatch) -> list:
   """The figures, which are not saved: that takes the most time."""
   figures: list = []
   monkeypatch.setattr(
-    trace.style, "_save", lambda figure, stem: figures.append(figure) or [stem]
+    trace.style, "save", lambda figure, stem: figures.append(figure) or [stem]
   )
   return figures
 

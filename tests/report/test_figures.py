@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from resilient_moe import report
-from resilient_moe.report import curves, runs
+from resilient_moe.report import curves, figures, runs
 from tests.report import synthetic as s
 
 U = s.STEP_S
@@ -82,6 +82,28 @@ def test_timeline(tmp_path: pathlib.Path) -> None:
   assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
   assert (tmp_path / "timeline.pdf").read_bytes().startswith(b"%PDF")
   assert not list(tmp_path.glob(".*"))
+
+
+def test_the_fault_free_line_meets_the_run_at_its_last_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  # The twin prepared for less long: its clock says other things.
+  quiet = s.twin()
+  for event in quiet:
+    event["t"] -= 0.5
+  all_runs = [
+      runs.Run("one_rank", name, "0", events, {"overall": "true"})
+      for name, events in (("none", quiet), ("p", s.recovered()))
+  ]
+  drawn = []
+  monkeypatch.setattr(
+      figures, "_panels", lambda curves, twins: drawn.append((curves, twins))
+  )
+  figures.timeline_figure(all_runs, "one_rank")
+  ((curve,), (twin,)) = drawn[0]
+  edges = np.arange(-3, 4) * U
+  assert (curve.rate(edges)[:3] == twin.rate(edges)[:3]).all()
+  assert (twin.rate(edges)[3:] * U).tolist() == [2, 2, 2]
 
 
 def _decode(tokens: list[int]) -> str:
