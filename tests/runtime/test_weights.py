@@ -43,11 +43,12 @@ def test_peer_host_and_disk_give_equal_bytes(lab: Lab) -> None:
   assert not np.array_equal(three, six)
 
 
-def test_the_host_copy_can_be_dropped(lab: Lab) -> None:
+def test_a_host_copy_is_kept_or_not(lab: Lab) -> None:
   weights = WeightTiers(lab.checkpoint)
   assert weights.in_host_memory
   assert weights.host_bytes == 8 * 2 * 3 * 32 * 32 * 4
-  weights.drop_host_copy()
+  weights = WeightTiers(lab.checkpoint, host_copy=False)
+  assert not weights.in_host_memory
   assert weights.host_bytes == 0
   with pytest.raises(ValueError, match=r"experts \[3, 6\] are not in host"):
     weights.read(MOVES, Tier.HOST, nobody)
