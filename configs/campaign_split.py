@@ -25,7 +25,8 @@ LONG = "killed_twenty_times"
 APART = "killed_twenty_times_apart"
 GROWN = {"replace": True}
 SINGLE = (
-  "ew_lost", "ew_in_experts", "ew_in_exchange", "link_cut", "aw_lost", "aw_in_attention", "aw_in_exchange", "aw_in_prefill",
+  "ew_lost", "ew_in_experts", "ew_in_exchange", "link_cut", "aw_lost",
+  "aw_in_attention", "aw_in_exchange", "aw_in_prefill",
   "two_ews", "ew_and_aw", "ew_then_aw_during_recovery", "link_slow",
   "store_and_aw", "rank_stuck", "random", "maintenance",
 )  # fmt: skip
