@@ -41,8 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
     " --config.seeds=0",
     "disaggregated": "experiments.run --config=configs/disaggregated.py"
     " --config.seeds=0",
-    "simulated": "experiments.run --config=configs/quickstart.py"
-    " --config.runtime=simulated --config.seeds=0,1,2",
+    "simulated": "experiments.run --config=configs/simulated.py",
     "fleet": "experiments.fleet --config=configs/fleet.py"
     " --config.instances=1,16,160 --config.seeds=0,1"
     " --config.policies=restart_cached,mesh_shrink,replica_promotion,"

@@ -22,7 +22,7 @@ KINDS = {
     "steps": style.PALE,
     curves_lib.OTHER: style.WHITE,
 }
-_HATCHES = ("", "///", "..", "xx", "--", "||", "++")
+_HATCHES = ("", "////", "...", "xxx", "---", "|||", "++++")
 _LESS_THAN = 1 / 4  # of the longest bar: such are drawn on a scale of their own
 _VISIBLE = 1 / 400  # of the scale: what is shorter has no place in a legend
 

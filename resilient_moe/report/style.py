@@ -151,6 +151,9 @@ def save(drawn: Any, stem: pathlib.Path) -> list[pathlib.Path]:
   The same figure gives the same bytes: no date is written.
   """
   paths = []
+  # Laid out once, for both files: that takes most of the time.
+  drawn.draw_without_rendering()
+  drawn.set_layout_engine("none")
   for suffix in (".png", ".pdf"):
     path = stem.with_name(stem.name + suffix)
     temporary = path.with_name(f".{path.name}{suffix}")

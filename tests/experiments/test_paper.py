@@ -11,6 +11,7 @@ import pytest
 
 from configs import paper as config_lib
 from experiments import paper, paper_sources
+from resilient_moe import report
 from resilient_moe.report import fleet, style
 from tests.report import synthetic as s
 
@@ -133,6 +134,17 @@ def _launch(workdir: pathlib.Path, *more: str) -> int:
   return paper.main([
     "paper", "--config=configs/paper.py", f"--workdir={workdir}", *more,
   ])  # fmt: skip
+
+
+def test_simulated_tokens_are_not_called_exact(tmp_path):
+  tables = []
+  for runtime in ("process", "simulated"):
+    folder = tmp_path / runtime
+    s.store(folder, s.recovered(runtime=runtime), s.twin())
+    s.store(folder, s.twin(runtime=runtime), None)
+    rows = report.rows_of(report.read_runs(folder))
+    tables.append(paper.paper_artifacts._comparison(rows))
+  assert ["exact" in table for table in tables] == [True, False]
 
 
 def test_a_fleet_is_drawn_with_every_scale_that_was_run(tmp_path):
