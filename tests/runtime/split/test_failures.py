@@ -69,7 +69,9 @@ def test_shadows_serve_in_the_same_step(
   (resumed,) = of_kind(host.events, "resumed")
   assert resumed["paused"] == []
   healed = of_kind(host.events, "healed")
-  assert {(e["rank"], e["layer"]) for e in healed} == {(3, layer)}
+  # Another attention rank may have nothing for it until a later layer.
+  assert (healed[0]["rank"], healed[0]["layer"]) == (3, layer)
+  assert all(e["rank"] == 3 and e["layer"] >= layer for e in healed)
   since = between(host.events, "fault", "step")
   assert of_kind(since, "healed")[:1] == healed[:1], "before the plan"
   assert healed[0]["experts"] >= 1
