@@ -30,7 +30,6 @@ MODULES = (
 MISSED = {
   "Tarragon: EW failure, from hardware",
   "Tarragon: coarse restart",
-  "EEP: 8 lost: weight load",
   "EEP: 8 lost: GPU to GPU",
   "EEP: 8 lost: recovery",
   "EEP: 16 lost: throughput left",
