@@ -167,7 +167,8 @@ def describe(workdir: pathlib.Path, job: Job) -> str:
   verdict = verdict_of(workdir / job.place)
   if verdict.get("error"):
     return f"failed: {verdict['error']}"
-  why = f" ({', '.join(verdict['failed'])})" if verdict["failed"] else ""
+  failed = verdict.get("failed")  # none: the folder is gone
+  why = f" ({', '.join(failed)})" if failed else ""
   return f"verdict {verdict['overall']}{why}"
 
 
