@@ -37,10 +37,9 @@ from typing import Any
 
 import jax
 import ml_collections
-from absl import flags, logging
-from ml_collections import config_flags
+from absl import logging
 
-from experiments import bench_engine
+from experiments import bench_engine, launch
 from experiments import bench_models as models
 from experiments import bench_record as record
 from experiments.provenance import provenance
@@ -68,34 +67,6 @@ BENCHMARKS = {
     "split_stall",
   )
 }
-
-
-def parse(
-  argv: Sequence[str],
-) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
-  """The config and the work directory of a command line.
-
-  Raises:
-    ValueError: with the reason.
-  """
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file(
-    "config", None, "Sizes.", flag_values=values, sys_argv=list(argv)
-  )
-  flags.DEFINE_string(
-    "workdir", None, "Where the results go.", flag_values=values
-  )
-  try:
-    rest = values(list(argv))[1:]
-  except (flags.Error, AttributeError, OSError, KeyError) as error:
-    raise ValueError(" ".join(str(error).split())) from error
-  if rest:
-    raise ValueError(f"{rest[0]!r} is neither a flag nor a value of one")
-  if not values.config:
-    raise ValueError("--config is missing; there is configs/bench.py")
-  if not values.workdir:
-    raise ValueError("--workdir is missing; needed is a folder for results")
-  return values.config, pathlib.Path(values.workdir).absolute()
 
 
 def chosen(only: str | Sequence[str]) -> list[str]:
@@ -149,7 +120,7 @@ def run(
 def main(argv: Sequence[str]) -> int:
   """Parses the command line and runs; the exit status."""
   try:
-    config, workdir = parse(argv)
+    config, workdir = launch.parse(argv, "configs/bench.py")
     settings = models.read(config)
     apart = settings.split.devices
     needed = max(settings.ranks, apart, *settings.dispatch_ranks)

@@ -19,10 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_collections
-from absl import flags
-from ml_collections import config_flags
-
+from experiments import launch
 from experiments.provenance import provenance
 from resilient_moe.report.latex import escape
 from resilient_moe.report.runs import write_text
@@ -173,38 +170,10 @@ def write(rows: Sequence[Row], workdir: pathlib.Path, command: str) -> str:
   return text
 
 
-def parse(
-  argv: Sequence[str],
-) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
-  """The config and the work directory of a command line.
-
-  Raises:
-    ValueError: with the reason.
-  """
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file(
-    "config", None, "Assumptions.", flag_values=values, sys_argv=list(argv)
-  )
-  flags.DEFINE_string(
-    "workdir", None, "Where the tables go.", flag_values=values
-  )
-  try:
-    rest = values(list(argv))[1:]
-  except (flags.Error, AttributeError, OSError, KeyError) as error:
-    raise ValueError(" ".join(str(error).split())) from error
-  if rest:
-    raise ValueError(f"{rest[0]!r} is neither a flag nor a value of one")
-  if not values.config:
-    raise ValueError("--config is missing; there is configs/published.py")
-  if not values.workdir:
-    raise ValueError("--workdir is missing; needed is a folder for results")
-  return values.config, pathlib.Path(values.workdir).absolute()
-
-
 def main(argv: Sequence[str]) -> int:
   """Does what a command line asks for; the exit status."""
   try:
-    config, workdir = parse(argv)
+    config, workdir = launch.parse(argv, "configs/published.py")
     rows = compose(config.to_dict())
     origin = provenance("experiments.published", argv, "simulated", 0)
     print(write(rows, workdir, origin["command"]))
