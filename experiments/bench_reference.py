@@ -69,11 +69,16 @@ def reference_model(settings: Any, folder: pathlib.Path) -> Any:
 
 
 def _fastest(
-  settings: Any, model: Any, work: Callable[[Theirs], Callable[[], Any]]
+  settings: Any,
+  model: Any,
+  rows: int,
+  work: Callable[[Theirs], Callable[[], Any]],
 ) -> tuple[Theirs, str]:
-  """The reference with the settings that do `work` fastest."""
+  """The reference with the settings that do `work`, on `rows`, fastest."""
   best: tuple[float, Theirs, str] | None = None
   for experts in listed(settings.experts_implementations):
+    if experts == "batched_mm" and rows > settings.batched_rows:
+      continue
     for cache in listed(settings.caches):
       side = Theirs(model, experts, cache)
       call, spent = work(side), []
@@ -108,7 +113,7 @@ def decode_case(
     token = side.start(prompts, steps + settings.tries + 1)
     return lambda: side.decode(token)
 
-  theirs, name = _fastest(settings, model, work)
+  theirs, name = _fastest(settings, model, batch, work)
   found = theirs.start(prompts, steps + 1)
 
   def our_block() -> list[np.ndarray]:
@@ -146,7 +151,7 @@ def prefill_case(
   )  # fmt: skip
   ours = Ours(config, params, options)
   theirs, name = _fastest(
-    settings, model, lambda side: lambda: side.prefill(prompts)
+    settings, model, length, lambda side: lambda: side.prefill(prompts)
   )
 
   def our_block() -> None:

@@ -86,6 +86,7 @@ class Theirs:
     import torch
 
     self._torch, self.model, self._cache_kind = torch, model, cache
+    self._experts = experts
     model.eval()
     model.set_experts_implementation(experts)
 
@@ -98,8 +99,14 @@ class Theirs:
       return out.logits[:, -1].argmax(-1).numpy()
 
   def start(self, prompts: np.ndarray, room: int) -> np.ndarray:
-    """As `prefill`, into a cache that decoding can go on from."""
+    """As `prefill`, into a cache that decoding can go on from.
+
+    With the reference's default experts: `batched_mm`, which may be the
+    fastest for a few rows, copies the weights of each token's experts.
+    """
     from transformers import DynamicCache, StaticCache
+
+    self.model.set_experts_implementation("eager")
 
     length, config = prompts.shape[1] + room, self.model.config
     with self._torch.inference_mode():
@@ -113,6 +120,7 @@ class Theirs:
         logits_to_keep=1,
       )  # fmt: skip
       self._kept = copy.deepcopy(self._cache)
+      self.model.set_experts_implementation(self._experts)
       return out.logits[:, -1].argmax(-1).numpy()
 
   def rewind(self) -> None:

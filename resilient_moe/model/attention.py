@@ -18,11 +18,28 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from resilient_moe.model import native
 from resilient_moe.model.config import StepOptions
+from resilient_moe.model.products import is_native
 from resilient_moe.model.rows import pairwise_sum
 
-# block number [] -> what is cached of its tokens, [G, heads, kv_block, w]
+# block number [] -> what is known of its tokens, [G, heads, kv_block, w]
 Block = Callable[[jax.Array], jax.Array]
+
+
+class Cached(NamedTuple):
+  """What lies before the new tokens: a cache row for each sequence."""
+
+  cache: jax.Array  # [L, B, heads, T, w]
+  layer: jax.Array  # [] int32
+  row: jax.Array  # [] int32 of the first sequence; the others' follow it
+
+  def block(self, j: jax.Array, sequences: int, size: int) -> jax.Array:
+    """Positions [j * size, (j + 1) * size), [G, heads, size, w]."""
+    _, _, heads, _, width = self.cache.shape
+    index = (self.layer, self.row, 0, j * size, 0)
+    shape = (1, sequences, heads, size, width)
+    return jax.lax.dynamic_slice(self.cache, index, shape)[0]
 
 
 class Reach(NamedTuple):
@@ -41,11 +58,40 @@ def attend(
   kv_new: jax.Array,  # [G, Q, heads, w] keys and values of the same tokens
   start: jax.Array,  # [G] int32 position of each sequence's first query
   length: jax.Array,  # [G] int32 queries that count; the rest is padding
-  cached: Block | None,  # what lies before them; None: nothing
+  cached: Cached | None,  # None: nothing lies before them
   options: StepOptions,
   reach: Reach = EVERYTHING,
 ) -> jax.Array:
   """Causal attention of `Q` new tokens of `G` sequences, [G, Q, H, value]."""
+  blocks = lambda: _attend_blocks(
+    q, kv_new, start, length, cached, options, reach
+  )
+  if not is_native(options, q, kv_new):
+    return blocks()
+
+  def kernel() -> jax.Array:
+    nothing = jnp.zeros((0,) * 5, q.dtype), jnp.int32(0), jnp.int32(0)
+    sinks, window = reach.sinks, reach.window
+    return native.attend(
+      q, kv_new, *(cached or nothing), start, length,
+      jnp.zeros((0,), q.dtype) if sinks is None else sinks,
+      jnp.int32(0) if window is None else window,
+      latent=reach.latent, block=options.kv_block,
+    )  # fmt: skip
+
+  return native.on_cpu(kernel, blocks)()
+
+
+def _attend_blocks(
+  q: jax.Array,
+  kv_new: jax.Array,
+  start: jax.Array,
+  length: jax.Array,
+  cached: Cached | None,
+  options: StepOptions,
+  reach: Reach,
+) -> jax.Array:
+  """`attend` in XLA."""
   g, n_q, h, d = q.shape
   k_heads = 1 if reach.latent else kv_new.shape[2] // 2
   group = h // k_heads
@@ -90,7 +136,7 @@ def _begin(start: jax.Array, live: jax.Array, reach: Reach) -> jax.Array:
 
 
 def _spliced(
-  kv_new: jax.Array, start: jax.Array, cached: Block | None, size: int
+  kv_new: jax.Array, start: jax.Array, cached: Cached | None, size: int
 ) -> Block:
   """Block `j` of the cache with the new keys and values put in their place."""
   n_q = kv_new.shape[1]
@@ -108,8 +154,9 @@ def _spliced(
     if cached is None:
       return new_block(j)
     at = j * size + jnp.arange(size, dtype=jnp.int32)[None, :]
+    old = cached.block(j, kv_new.shape[0], size)
     fresh = (at >= start[:, None]) & (at < start[:, None] + n_q)
-    return jnp.where(fresh[:, None, :, None], new_block(j), cached(j))
+    return jnp.where(fresh[:, None, :, None], new_block(j), old)
 
   return block
 

@@ -11,6 +11,7 @@ from resilient_moe.model.config_checks import check_model, choose
 
 DISPATCHES = ("all_to_all", "all_gather")
 EXPERT_KERNELS = ("blocks", "static")
+KERNELS = ("native", "xla")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,10 +149,11 @@ class StepOptions:
   """How a step is computed: shapes of the engine and numerics.
 
   Row-invariant numerics (the default, `row_block > 0`) make what a token gets
-  independent of what else is in the batch: every matrix product is done on
-  blocks of at most `row_block` rows, and attention is reduced over KV blocks
-  of fixed size in a fixed order (`jax_facts.md`, "What keeps results the
-  same"). `row_block=0` is the fastest variant and does not promise it.
+  independent of what else is in the batch: attention is reduced over KV blocks
+  of fixed size in a fixed order, and matrix products are the native kernels'
+  (`native/`), whose bits don't depend on the number of rows, or XLA's on blocks
+  of at most `row_block` rows (`jax_facts.md`, "What keeps results the same").
+  `row_block=0` with `kernels="xla"` does not promise it.
   """
 
   rows: int = 4  # B, batch rows (and KV slots) on a rank
@@ -162,10 +164,12 @@ class StepOptions:
   expert_block: int = 0  # rows of an expert's block; 0: 8 small, 32 large
   dispatch: str = "all_to_all"
   experts: str = "blocks"
+  kernels: str = "native"  # on CPU in float32; elsewhere XLA's whatever is said
 
   def __post_init__(self) -> None:
     choose("dispatch", self.dispatch, DISPATCHES)
     choose("experts", self.experts, EXPERT_KERNELS)
+    choose("kernels", self.kernels, KERNELS)
     if self.row_block and not 2 <= self.row_block <= 32:
       raise ValueError(
         f"row_block={self.row_block}: 0 (off) or 2 to 32, the row counts "

@@ -14,32 +14,25 @@ them in a fixed order, so results don't depend on the number of ranks, the
 placement of the experts, or which replica served.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from resilient_moe.model.config import StepOptions
-from resilient_moe.model.experts import KERNELS, Activation, swiglu
+from resilient_moe.model.config import ModelConfig, StepOptions
+from resilient_moe.model.experts import Kernel, kernel_of
 
-# (experts, layer, x, token, slots) -> y: a kernel of `experts.KERNELS`
-Kernel = Callable[..., jax.Array]
 Exchange = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 AXIS = "ep"  # the expert-parallel mesh axis
 
 
 def make_exchange(
-  options: StepOptions, n_ranks: int, activation: Activation = swiglu
+  config: ModelConfig, options: StepOptions, n_ranks: int
 ) -> Exchange:
   """The strategy that `options.dispatch` names, for a mesh of `n_ranks`."""
-  kernel = functools.partial(
-    KERNELS[options.experts],
-    fixed_block=options.expert_block,
-    activation=activation,
-  )
+  kernel = kernel_of(config, options)
   if n_ranks == 1:
     return _local(kernel)
   if options.dispatch == "all_gather":

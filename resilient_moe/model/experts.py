@@ -6,14 +6,18 @@ whole blocks, and a loop visits the slots that have rows, and their blocks. A
 slot's weights are copied out of the stack once, however many blocks it has.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from resilient_moe.model.config import ModelConfig
+from resilient_moe.model import native
+from resilient_moe.model.config import ModelConfig, StepOptions
 
+# (experts, layer, x, token, slots) -> y, see `run_blocks`
+Kernel = Callable[..., jax.Array]
 # gate and up projection [N, F] both -> [N, F]
 Activation = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -44,12 +48,13 @@ def mlp(
   down: jax.Array,  # [F, D]
   gate_up_bias: jax.Array | None = None,  # [2F]
   down_bias: jax.Array | None = None,  # [D]
+  matmul: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul,
 ) -> jax.Array:
   """A gated MLP, one expert's or a dense one: [N, D]."""
-  hidden = x @ gate_up
+  hidden = matmul(x, gate_up)
   if gate_up_bias is not None:
     hidden = hidden + gate_up_bias[None, :]
-  y = activation(*jnp.split(hidden, 2, axis=-1)) @ down
+  y = matmul(activation(*jnp.split(hidden, 2, axis=-1)), down)
   return y if down_bias is None else y + down_bias[None, :]
 
 
@@ -169,3 +174,33 @@ def run_static(
 
 
 KERNELS = {"blocks": run_blocks, "static": run_static}
+
+
+def kernel_of(config: ModelConfig, options: StepOptions) -> Kernel:
+  """The kernel that the options name; native where that can be."""
+  run = functools.partial(
+    KERNELS[options.experts],
+    fixed_block=options.expert_block,
+    activation=activation_of(config),
+  )
+  if options.experts != "blocks" or options.kernels != "native":
+    return run
+  clamped = config.activation != "swiglu"
+  compiled = functools.partial(
+    native.experts,
+    limit=config.swiglu_limit if clamped else 0.0,
+    alpha=config.swiglu_alpha if clamped else 1.0,
+  )
+
+  def kernel(
+    experts: dict[str, jax.Array],
+    layer: jax.Array,
+    x: jax.Array,
+    token: jax.Array,
+    slots: jax.Array,
+  ) -> jax.Array:
+    if not all(native.usable(w.dtype) for w in (x, *experts.values())):
+      return run(experts, layer, x, token, slots)
+    return native.on_cpu(compiled, run)(experts, layer, x, token, slots)
+
+  return kernel

@@ -11,27 +11,32 @@ import jax.numpy as jnp
 from resilient_moe.model.attention import Reach, attend, attend_plain
 from resilient_moe.model.config import ModelConfig, StepOptions
 from resilient_moe.model.dispatch import make_exchange
-from resilient_moe.model.experts import activation_of
 from resilient_moe.model.layers import run_layers
 from resilient_moe.model.lost import Lost
+from resilient_moe.model.products import matmul, row_block
 from resilient_moe.model.rows import rms_norm, rowwise
 
 
 def unembed(
-  config: ModelConfig, params: dict[str, Any], x: jax.Array, row_block: int
+  config: ModelConfig,
+  options: StepOptions,
+  params: dict[str, Any],
+  x: jax.Array,
 ) -> jax.Array:
   """Final norm and vocabulary projection, [N, D] -> [N, V] float32."""
 
   def rows(w: tuple, x: jax.Array) -> jax.Array:
     h = rms_norm(x, w[0], config.norm_eps)
+    if not config.tied_embeddings:
+      return matmul(options, h, w[1]).astype(jnp.float32)
     # Not `embed.T`: hoisted out of the loop over blocks, the transposed copy
     # is multiplied by another kernel, with other bits than a lone block.
-    product = "nd,vd->nv" if tied else "nd,dv->nv"
-    return jnp.einsum(product, h, w[1]).astype(jnp.float32)
+    return jnp.einsum("nd,vd->nv", h, w[1]).astype(jnp.float32)
 
+  weights = params["final_norm"], params.get("lm_head", params["embed"])
   tied = config.tied_embeddings
-  head = params["embed"] if tied else params["lm_head"]
-  return rowwise(rows, (params["final_norm"], head), x, row_block)
+  block = options.row_block if tied else row_block(options, x)
+  return rowwise(rows, weights, x, block)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
@@ -43,7 +48,7 @@ def _forward(
   lost: Lost | None,
 ) -> jax.Array:
   x, _ = _serving_layers(config, options, params, tokens, lost)
-  logits = unembed(config, params, x, options.row_block)
+  logits = unembed(config, options, params, x)
   return logits.reshape(*tokens.shape, -1)
 
 
@@ -98,9 +103,8 @@ def _layers(
 
   masked = jnp.zeros((config.n_experts,), bool) if lost is None else lost.masked
   x, _, stats = run_layers(
-    config, params, params["embed"][tokens.reshape(-1)], positions, masked,
-    attend_flat, make_exchange(options, 1, activation_of(config)), to_slots,
-    options.row_block,
+    config, options, params, params["embed"][tokens.reshape(-1)], positions,
+    masked, attend_flat, make_exchange(config, options, 1), to_slots,
   )  # fmt: skip
   return x, stats
 
@@ -151,6 +155,6 @@ def train_forward(
 
   The statistics are `router_probs_mean` and `expert_load`, both [L_moe, E].
   """
-  options = StepOptions(row_block=0, experts="static")
+  options = StepOptions(row_block=0, experts="static", kernels="xla")
   x, stats = _layers(config, options, params, tokens, attend_plain)
-  return unembed(config, params, x, 0).reshape(*tokens.shape, -1), stats
+  return unembed(config, options, params, x).reshape(*tokens.shape, -1), stats

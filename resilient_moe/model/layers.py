@@ -4,6 +4,7 @@ What differs between the three comes in as functions: how a layer attends
 (over a cache or over the sequence) and how tokens reach the experts.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from resilient_moe.model.attention import Reach
-from resilient_moe.model.config import ModelConfig
+from resilient_moe.model.config import ModelConfig, StepOptions
 from resilient_moe.model.dispatch import Exchange
 from resilient_moe.model.experts import activation_of, mlp
+from resilient_moe.model.products import matmul, row_block
 from resilient_moe.model.projections import attention_output, queries_and_kv
 from resilient_moe.model.router import route
 from resilient_moe.model.rows import rms_norm, rowwise
@@ -26,6 +28,7 @@ ToSlots = Callable[[jax.Array, jax.Array], jax.Array]
 
 def run_layers(
   config: ModelConfig,
+  options: StepOptions,
   params: dict[str, Any],
   x: jax.Array,  # [N, D]
   positions: jax.Array,  # [N] int32
@@ -33,7 +36,6 @@ def run_layers(
   attend: Attend,
   exchange: Exchange,
   to_slots: ToSlots,
-  row_block: int,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
   """Returns x [N, D], new KV [L, N, heads, w], router statistics."""
   new_kv, stats, first, first_moe = [], [], 0, 0
@@ -46,7 +48,7 @@ def run_layers(
       index, layer = scanned
       hidden = masked if masked.ndim == 1 else masked[moe + index]
       x, kv, h, choice = attend_layer(
-        config, layer, first + index, x, positions, hidden, attend, row_block
+        config, options, layer, first + index, x, positions, hidden, attend
       )
       if not choice:
         return x, (kv, {})
@@ -75,24 +77,25 @@ def run_layers(
 
 def attend_layer(
   config: ModelConfig,
+  options: StepOptions,
   layer: dict[str, Any],  # this layer's parameters, without experts
   index: jax.Array,  # [] int32 the layer's number
   x: jax.Array,  # [N, D]
   positions: jax.Array,  # [N] int32
   masked: jax.Array,  # [E] bool
   attend: Attend,
-  row_block: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
   """A layer up to its experts.
 
   Returns x [N, D], new KV [N, heads, w], what the experts see [N, D], and the
   router's choice (`router.route`), () for a dense layer.
   """
-  before = lambda w, r: _before_attention(config, w, *r)
-  q, kv = rowwise(before, layer["attention"], (x, positions), row_block)
+  block = row_block(options, x)
+  before = lambda w, r: _before_attention(config, options, w, *r)
+  q, kv = rowwise(before, layer["attention"], (x, positions), block)
   out = attend(index, q, kv, _reach(config, layer, index))
-  after = lambda w, r: _after_attention(config, w, *r)
-  x, h, choice = rowwise(after, (layer, masked), (x, out), row_block)
+  after = lambda w, r: _after_attention(config, options, w, *r)
+  x, h, choice = rowwise(after, (layer, masked), (x, out), block)
   return x, kv, h, choice
 
 
@@ -108,30 +111,40 @@ def _reach(
 
 
 def _before_attention(
-  config: ModelConfig, w: dict, x: jax.Array, positions: jax.Array
+  config: ModelConfig,
+  options: StepOptions,
+  w: dict,
+  x: jax.Array,
+  positions: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   h = rms_norm(x, w["norm"], config.norm_eps)
-  return queries_and_kv(config, w, h, positions)
+  return queries_and_kv(config, options, w, h, positions)
 
 
 def _after_attention(
-  config: ModelConfig, w: tuple[dict, jax.Array], x: jax.Array, out: jax.Array
+  config: ModelConfig,
+  options: StepOptions,
+  w: tuple[dict, jax.Array],
+  x: jax.Array,
+  out: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Any]:
   """Projection, residual, norm; then the MLP, or the router's choice."""
   layer, masked = w
-  activation = activation_of(config)
-  x = x + attention_output(config, layer["attention"], out)
+  dense = functools.partial(
+    mlp, activation_of(config), matmul=functools.partial(matmul, options)
+  )
+  x = x + attention_output(config, options, layer["attention"], out)
   h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
   if "mlp" in layer:
-    return x + mlp(activation, h, **layer["mlp"]), h, ()
+    return x + dense(h, **layer["mlp"]), h, ()
   moe = layer["moe"]
   wide = lambda a: a.astype(jnp.float32)
-  logits = wide(h) @ wide(moe["router"])
+  logits = matmul(options, wide(h), wide(moe["router"]))
   if "router_bias" in moe:
     logits = logits + wide(moe["router_bias"])[None, :]
   choice = route(config, logits, masked, moe.get("correction_bias"))
   if "shared" in moe:
-    x = x + mlp(activation, h, **moe["shared"])
+    x = x + dense(h, **moe["shared"])
   return x, h, choice
 
 

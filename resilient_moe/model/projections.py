@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from resilient_moe.model.config import ModelConfig
+from resilient_moe.model.config import ModelConfig, StepOptions
+from resilient_moe.model.products import matmul, per_head
 from resilient_moe.model.rope import rope
 from resilient_moe.model.rows import rms_norm
 
@@ -21,31 +22,39 @@ Weights = dict[str, Any]  # of one layer's attention
 
 
 def queries_and_kv(
-  config: ModelConfig, w: Weights, h: jax.Array, positions: jax.Array
+  config: ModelConfig,
+  options: StepOptions,
+  w: Weights,
+  h: jax.Array,
+  positions: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Normed x [N, D], [N] -> q [N, H, w] (scaled, rotated), kv [N, heads, w].
 
   `heads` and `w` are what a cached token has: `config.kv_heads`, `kv_width`.
   """
   project = _latent if config.attention == "mla" else _grouped
-  q, kv = project(config, w, h, positions)
+  q, kv = project(config, options, w, h, positions)
   scale = config.softmax_scale or config.query_width**-0.5
   return (q.astype(jnp.float32) * scale).astype(q.dtype), kv
 
 
 def attention_output(
-  config: ModelConfig, w: Weights, out: jax.Array
+  config: ModelConfig, options: StepOptions, w: Weights, out: jax.Array
 ) -> jax.Array:
   """What was attended [N, H, width of a value] -> [N, D]."""
   if config.attention == "mla":
-    out = jnp.einsum("nhr,hrv->nhv", out, w["v_up"])
-  return _linear(out.reshape(out.shape[0], -1), w, "out")
+    out = per_head(options, out, w["v_up"])
+  return _linear(options, out.reshape(out.shape[0], -1), w, "out")
 
 
 def _grouped(
-  c: ModelConfig, w: Weights, h: jax.Array, positions: jax.Array
+  c: ModelConfig,
+  options: StepOptions,
+  w: Weights,
+  h: jax.Array,
+  positions: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  qkv = _linear(h, w, "qkv")
+  qkv = _linear(options, h, w, "qkv")
   ends = [c.n_heads * c.head_dim, (c.n_heads + c.n_kv_heads) * c.head_dim]
   q, k, v = jnp.split(qkv, ends, axis=1)
   heads = lambda x: x.reshape(x.shape[0], -1, c.head_dim)
@@ -63,18 +72,22 @@ def _grouped(
 
 
 def _latent(
-  c: ModelConfig, w: Weights, h: jax.Array, positions: jax.Array
+  c: ModelConfig,
+  options: StepOptions,
+  w: Weights,
+  h: jax.Array,
+  positions: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   if c.q_rank:
-    compressed = _linear(h, w, "q_a")
+    compressed = _linear(options, h, w, "q_a")
     compressed = rms_norm(compressed, w["q_a_norm"], c.latent_norm_eps)
-    q = compressed @ w["q_b"]
+    q = matmul(options, compressed, w["q_b"])
   else:
-    q = h @ w["q"]
+    q = matmul(options, h, w["q"])
   q = q.reshape(q.shape[0], c.n_heads, c.query_width)
-  content = jnp.einsum("nhp,hpr->nhr", q[..., : c.nope_dim], w["k_up"])
+  content = per_head(options, q[..., : c.nope_dim], w["k_up"])
   turned = rope(q[..., c.nope_dim :], positions, c)
-  kv = _linear(h, w, "kv_a")
+  kv = _linear(options, h, w, "kv_a")
   latent = rms_norm(kv[:, : c.kv_rank], w["kv_a_norm"], c.latent_norm_eps)
   key = rope(kv[:, None, c.kv_rank :], positions, c)
   return (
@@ -83,7 +96,9 @@ def _latent(
   )
 
 
-def _linear(x: jax.Array, w: Weights, name: str) -> jax.Array:
-  y = x @ w[name]
+def _linear(
+  options: StepOptions, x: jax.Array, w: Weights, name: str
+) -> jax.Array:
+  y = matmul(options, x, w[name])
   bias = w.get(f"{name}_bias")
   return y if bias is None else y + bias[None, :]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from resilient_moe.model.config import ModelConfig, StepOptions
-from resilient_moe.model.experts import KERNELS, activation_of
+from resilient_moe.model.experts import kernel_of
 from resilient_moe.model.layers import attend_layer, combine, run_layers
 from resilient_moe.model.step import (
   attend_cached,
@@ -53,8 +53,8 @@ def begin(
   *dense, _ = params["groups"]
   if dense:
     x, kv, _ = run_layers(
-      config, {"groups": dense}, x, at, masked, attend, _no_exchange,
-      lambda _, chosen: chosen, options.row_block,
+      config, options, {"groups": dense}, x, at, masked, attend, _no_exchange,
+      lambda _, chosen: chosen,
     )  # fmt: skip
     new.append(kv)
   midway, kv = _attend(
@@ -112,10 +112,7 @@ def run_experts(
 ) -> jax.Array:
   """An expert rank's part of a layer: [M, D], unsummed."""
   held = jax.tree.map(lambda x: x[:, 0], experts)
-  kernel = KERNELS[options.experts]
-  return kernel(
-    held, layer, rows, token, slot, options.expert_block, activation_of(config)
-  )
+  return kernel_of(config, options)(held, layer, rows, token, slot)
 
 
 def _attend(
@@ -126,8 +123,8 @@ def _attend(
   group = params["groups"][-1]
   pick = lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False)
   x, kv, h, (chosen, gates, _) = attend_layer(
-    config, jax.tree.map(pick, group), config.dense_layers + layer, x, at,
-    masked, attend, options.row_block,
+    config, options, jax.tree.map(pick, group), config.dense_layers + layer,
+    x, at, masked, attend,
   )  # fmt: skip
   return Midway(x, h, chosen, gates), kv
 

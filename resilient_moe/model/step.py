@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resilient_moe.model.attention import Reach, attend
+from resilient_moe.model.attention import Cached, Reach, attend
 from resilient_moe.model.config import ModelConfig, StepOptions
 from resilient_moe.model.dispatch import AXIS, make_exchange
-from resilient_moe.model.experts import activation_of
 from resilient_moe.model.forward import unembed
 from resilient_moe.model.layers import Attend, run_layers
 from resilient_moe.model.sampling import sample
@@ -123,10 +122,9 @@ def rank_step(
     return jnp.where(live[:, None], slots, -1)
 
   x, delta, _ = run_layers(
-    config, _squeeze_experts(params), params["embed"][tokens], at,
+    config, options, _squeeze_experts(params), params["embed"][tokens], at,
     routing["masked"], attend_cached(options, cache[:, 0], rows, chunk),
-    make_exchange(options, n_ranks, activation_of(config)), to_slots,
-    options.row_block,
+    make_exchange(config, options, n_ranks), to_slots,
   )  # fmt: skip
   sampled = sample_lanes(config, options, params, x, rows, chunk)
   return delta[:, None], sampled[None]
@@ -157,7 +155,7 @@ def sample_lanes(
     x_last = jnp.concatenate([x[: options.rows], x[last][None]])
   else:
     x_last = jnp.concatenate([x, jnp.zeros((1, x.shape[1]), x.dtype)])
-  logits = unembed(config, params, x_last, options.row_block)
+  logits = unembed(config, options, params, x_last)
   return sample(
     logits,
     jnp.append(rows["seed"], chunk["seed"]),
@@ -176,8 +174,7 @@ def attend_cached(
   options: StepOptions, cache: jax.Array, rows: Tree, chunk: Tree
 ) -> Attend:
   """Decode rows attend their own slots, the chunk attends its request's."""
-  b, size = options.rows, options.kv_block
-  n_layers, _, heads, _, d = cache.shape
+  b = options.rows
   position = rows["position"]
   start = jnp.maximum(position, 0)
   length = (position >= 0).astype(jnp.int32)
@@ -185,24 +182,16 @@ def attend_cached(
   def attend_step(
     layer: jax.Array, q: jax.Array, kv: jax.Array, reach: Reach
   ) -> jax.Array:
-    def slot_block(j: jax.Array) -> jax.Array:
-      index = (layer, 0, 0, j * size, 0)
-      shape = (1, b, heads, size, d)
-      return jax.lax.dynamic_slice(cache, index, shape)[0]
-
-    def chunk_block(j: jax.Array) -> jax.Array:
-      index = (layer, chunk["row"], 0, j * size, 0)
-      shape = (1, 1, heads, size, d)
-      return jax.lax.dynamic_slice(cache, index, shape)[0]
-
+    own = Cached(cache, layer, jnp.int32(0))
     out = attend(
-      q[:b, None], kv[:b, None], start, length, slot_block, options, reach
+      q[:b, None], kv[:b, None], start, length, own, options, reach
     )[:, 0]
     if q.shape[0] == b:
       return out
     wide = attend(
       q[None, b:], kv[None, b:], chunk["start"][None],
-      chunk["length"][None], chunk_block, options, reach,
+      chunk["length"][None], Cached(cache, layer, chunk["row"]), options,
+      reach,
     )[0]  # fmt: skip
     return jnp.concatenate([out, wide])
 
