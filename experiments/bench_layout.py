@@ -14,7 +14,7 @@ import numpy as np
 from experiments import bench_models as models
 from experiments.bench_record import Cell, Result, paired, stat
 from resilient_moe.mesh.executables import compiler_options
-from resilient_moe.model.attention import Block, attend
+from resilient_moe.model.attention import Block, attend_blocks
 from resilient_moe.model.config import ModelConfig, StepOptions
 
 ROWS = 16  # sequences in the batch
@@ -127,7 +127,7 @@ def _call(
     table: jax.Array,
   ) -> jax.Array:  # fmt: skip
     def one(layer: jax.Array, out: jax.Array) -> jax.Array:
-      return attend(
+      return attend_blocks(
         q + out, kv, start, jnp.ones_like(start), read(cache, table, layer),
         options,
       )  # fmt: skip

@@ -30,6 +30,7 @@ _SETTINGS = {
   "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax" / WORKER),
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+  "RMOE_NATIVE_CACHE": str(ROOT / ".cache" / "native"),
   "MPLBACKEND": "agg",
   "MPLCONFIGDIR": str(ROOT / ".cache" / "matplotlib"),
 }

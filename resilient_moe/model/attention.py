@@ -34,12 +34,16 @@ class Cached(NamedTuple):
   layer: jax.Array  # [] int32
   row: jax.Array  # [] int32 of the first sequence; the others' follow it
 
-  def block(self, j: jax.Array, sequences: int, size: int) -> jax.Array:
-    """Positions [j * size, (j + 1) * size), [G, heads, size, w]."""
+  def blocks(self, sequences: int, size: int) -> Block:
+    """Of these many sequences; block `j` begins at position `j * size`."""
     _, _, heads, _, width = self.cache.shape
-    index = (self.layer, self.row, 0, j * size, 0)
     shape = (1, sequences, heads, size, width)
-    return jax.lax.dynamic_slice(self.cache, index, shape)[0]
+
+    def block(j: jax.Array) -> jax.Array:
+      index = (self.layer, self.row, 0, j * size, 0)
+      return jax.lax.dynamic_slice(self.cache, index, shape)[0]
+
+    return block
 
 
 class Reach(NamedTuple):
@@ -63,8 +67,9 @@ def attend(
   reach: Reach = EVERYTHING,
 ) -> jax.Array:
   """Causal attention of `Q` new tokens of `G` sequences, [G, Q, H, value]."""
-  blocks = lambda: _attend_blocks(
-    q, kv_new, start, length, cached, options, reach
+  lying = cached and cached.blocks(q.shape[0], options.kv_block)
+  blocks = lambda: attend_blocks(
+    q, kv_new, start, length, lying, options, reach
   )
   if not is_native(options, q, kv_new):
     return blocks()
@@ -82,16 +87,16 @@ def attend(
   return native.on_cpu(kernel, blocks)()
 
 
-def _attend_blocks(
+def attend_blocks(
   q: jax.Array,
   kv_new: jax.Array,
   start: jax.Array,
   length: jax.Array,
-  cached: Cached | None,
+  cached: Block | None,
   options: StepOptions,
-  reach: Reach,
+  reach: Reach = EVERYTHING,
 ) -> jax.Array:
-  """`attend` in XLA."""
+  """`attend` in XLA, over a cache that lies anyhow."""
   g, n_q, h, d = q.shape
   k_heads = 1 if reach.latent else kv_new.shape[2] // 2
   group = h // k_heads
@@ -136,7 +141,7 @@ def _begin(start: jax.Array, live: jax.Array, reach: Reach) -> jax.Array:
 
 
 def _spliced(
-  kv_new: jax.Array, start: jax.Array, cached: Cached | None, size: int
+  kv_new: jax.Array, start: jax.Array, cached: Block | None, size: int
 ) -> Block:
   """Block `j` of the cache with the new keys and values put in their place."""
   n_q = kv_new.shape[1]
@@ -154,9 +159,8 @@ def _spliced(
     if cached is None:
       return new_block(j)
     at = j * size + jnp.arange(size, dtype=jnp.int32)[None, :]
-    old = cached.block(j, kv_new.shape[0], size)
     fresh = (at >= start[:, None]) & (at < start[:, None] + n_q)
-    return jnp.where(fresh[:, None, :, None], new_block(j), old)
+    return jnp.where(fresh[:, None, :, None], new_block(j), cached(j))
 
   return block
 

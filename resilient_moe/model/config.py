@@ -11,7 +11,7 @@ from resilient_moe.model.config_checks import check_model, choose
 
 DISPATCHES = ("all_to_all", "all_gather")
 EXPERT_KERNELS = ("blocks", "static")
-KERNELS = ("native", "xla")
+KERNEL_KINDS = ("native", "xla")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +169,7 @@ class StepOptions:
   def __post_init__(self) -> None:
     choose("dispatch", self.dispatch, DISPATCHES)
     choose("experts", self.experts, EXPERT_KERNELS)
-    choose("kernels", self.kernels, KERNELS)
+    choose("kernels", self.kernels, KERNEL_KINDS)
     if self.row_block and not 2 <= self.row_block <= 32:
       raise ValueError(
         f"row_block={self.row_block}: 0 (off) or 2 to 32, the row counts "

@@ -15,8 +15,14 @@ from resilient_moe.model.attention import Reach
 from resilient_moe.model.config import ModelConfig, StepOptions
 from resilient_moe.model.dispatch import Exchange
 from resilient_moe.model.experts import activation_of, mlp
-from resilient_moe.model.products import matmul, row_block
+from resilient_moe.model.products import (
+  layer_of,
+  matmul,
+  row_block,
+  widened,
+)
 from resilient_moe.model.projections import attention_output, queries_and_kv
+from resilient_moe.model.rope import Turns, turns
 from resilient_moe.model.router import route
 from resilient_moe.model.rows import rms_norm, rowwise
 
@@ -38,22 +44,26 @@ def run_layers(
   to_slots: ToSlots,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
   """Returns x [N, D], new KV [L, N, heads, w], router statistics."""
+  by = turns(positions, config)
   new_kv, stats, first, first_moe = [], [], 0, 0
   for group in params["groups"]:
     n = group["mlp_norm"].shape[0]
 
     def body(
-      x: jax.Array, scanned: tuple, first: int = first, moe: int = first_moe
+      x: jax.Array,
+      index: jax.Array,
+      group: Any = group,
+      first: int = first,
+      moe: int = first_moe,
     ) -> tuple[jax.Array, tuple]:
-      index, layer = scanned
+      layer = layer_of(group, index)
       hidden = masked if masked.ndim == 1 else masked[moe + index]
       x, kv, h, choice = attend_layer(
-        config, options, layer, first + index, x, positions, hidden, attend
+        config, options, layer, first + index, x, by, hidden, attend
       )
       if not choice:
         return x, (kv, {})
       chosen, gates, probabilities = choice
-      # The expert stacks stay out of the scan: their blocks index them.
       y = exchange(
         params["experts"], moe + index, h, to_slots(moe + index, chosen)
       )
@@ -62,8 +72,8 @@ def run_layers(
         _statistics(config, chosen, probabilities),
       )
 
-    scanned = (jnp.arange(n, dtype=jnp.int32), group)
-    x, (kv, stat) = jax.lax.scan(body, x, scanned)
+    index = jnp.arange(n, dtype=jnp.int32)
+    x, (kv, stat) = jax.lax.scan(body, x, index)
     new_kv.append(kv)
     first += n
     if "moe" in group:
@@ -81,7 +91,7 @@ def attend_layer(
   layer: dict[str, Any],  # this layer's parameters, without experts
   index: jax.Array,  # [] int32 the layer's number
   x: jax.Array,  # [N, D]
-  positions: jax.Array,  # [N] int32
+  by: Turns,
   masked: jax.Array,  # [E] bool
   attend: Attend,
 ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
@@ -92,7 +102,7 @@ def attend_layer(
   """
   block = row_block(options, x)
   before = lambda w, r: _before_attention(config, options, w, *r)
-  q, kv = rowwise(before, layer["attention"], (x, positions), block)
+  q, kv = rowwise(before, layer["attention"], (x, by), block)
   out = attend(index, q, kv, _reach(config, layer, index))
   after = lambda w, r: _after_attention(config, options, w, *r)
   x, h, choice = rowwise(after, (layer, masked), (x, out), block)
@@ -115,10 +125,10 @@ def _before_attention(
   options: StepOptions,
   w: dict,
   x: jax.Array,
-  positions: jax.Array,
+  by: Turns,
 ) -> tuple[jax.Array, jax.Array]:
   h = rms_norm(x, w["norm"], config.norm_eps)
-  return queries_and_kv(config, options, w, h, positions)
+  return queries_and_kv(config, options, w, h, by)
 
 
 def _after_attention(
@@ -139,7 +149,7 @@ def _after_attention(
     return x + dense(h, **layer["mlp"]), h, ()
   moe = layer["moe"]
   wide = lambda a: a.astype(jnp.float32)
-  logits = matmul(options, wide(h), wide(moe["router"]))
+  logits = matmul(options, wide(h), widened(moe["router"]))
   if "router_bias" in moe:
     logits = logits + wide(moe["router_bias"])[None, :]
   choice = route(config, logits, masked, moe.get("correction_bias"))

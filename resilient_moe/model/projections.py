@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from resilient_moe.model.config import ModelConfig, StepOptions
 from resilient_moe.model.products import matmul, per_head
-from resilient_moe.model.rope import rope
+from resilient_moe.model.rope import Turns, rope
 from resilient_moe.model.rows import rms_norm
 
 Weights = dict[str, Any]  # of one layer's attention
@@ -26,14 +26,14 @@ def queries_and_kv(
   options: StepOptions,
   w: Weights,
   h: jax.Array,
-  positions: jax.Array,
+  by: Turns,
 ) -> tuple[jax.Array, jax.Array]:
-  """Normed x [N, D], [N] -> q [N, H, w] (scaled, rotated), kv [N, heads, w].
+  """Normed x [N, D] -> q [N, H, w] (scaled, rotated), kv [N, heads, w].
 
   `heads` and `w` are what a cached token has: `config.kv_heads`, `kv_width`.
   """
   project = _latent if config.attention == "mla" else _grouped
-  q, kv = project(config, options, w, h, positions)
+  q, kv = project(config, options, w, h, by)
   scale = config.softmax_scale or config.query_width**-0.5
   return (q.astype(jnp.float32) * scale).astype(q.dtype), kv
 
@@ -52,7 +52,7 @@ def _grouped(
   options: StepOptions,
   w: Weights,
   h: jax.Array,
-  positions: jax.Array,
+  by: Turns,
 ) -> tuple[jax.Array, jax.Array]:
   qkv = _linear(options, h, w, "qkv")
   ends = [c.n_heads * c.head_dim, (c.n_heads + c.n_kv_heads) * c.head_dim]
@@ -67,8 +67,8 @@ def _grouped(
     k = rms_norm(k, w["k_norm"], c.norm_eps)
   if c.qkv_clip:
     q, k, v = (jnp.clip(x, -c.qkv_clip, c.qkv_clip) for x in (q, k, v))
-  k = rope(k, positions, c)
-  return rope(q, positions, c), jnp.concatenate([k, v], axis=1)
+  k = rope(k, by)
+  return rope(q, by), jnp.concatenate([k, v], axis=1)
 
 
 def _latent(
@@ -76,7 +76,7 @@ def _latent(
   options: StepOptions,
   w: Weights,
   h: jax.Array,
-  positions: jax.Array,
+  by: Turns,
 ) -> tuple[jax.Array, jax.Array]:
   if c.q_rank:
     compressed = _linear(options, h, w, "q_a")
@@ -86,10 +86,10 @@ def _latent(
     q = matmul(options, h, w["q"])
   q = q.reshape(q.shape[0], c.n_heads, c.query_width)
   content = per_head(options, q[..., : c.nope_dim], w["k_up"])
-  turned = rope(q[..., c.nope_dim :], positions, c)
+  turned = rope(q[..., c.nope_dim :], by)
   kv = _linear(options, h, w, "kv_a")
   latent = rms_norm(kv[:, : c.kv_rank], w["kv_a_norm"], c.latent_norm_eps)
-  key = rope(kv[:, None, c.kv_rank :], positions, c)
+  key = rope(kv[:, None, c.kv_rank :], by)
   return (
     jnp.concatenate([content, turned], axis=-1),
     jnp.concatenate([latent[:, None], key], axis=-1),

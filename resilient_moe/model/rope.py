@@ -5,6 +5,7 @@ once.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +14,27 @@ import numpy as np
 from resilient_moe.model.config import ModelConfig
 
 
-def rope(x: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array:
-  """Rotates halves (x1, x2): [N, H, d], [N] -> [N, H, d]."""
-  half = x.shape[-1] // 2
+class Turns(NamedTuple):
+  """Cosine and sine of each position's angles, equal for all layers."""
+
+  cos: jax.Array  # [N, d / 2] float32
+  sin: jax.Array
+
+
+def turns(positions: jax.Array, config: ModelConfig) -> Turns:
+  """What `rope` turns tokens at these positions [N] by."""
   inv = frequencies(config)
   angle = positions.astype(jnp.float32)[:, None] * inv[None, :]
-  cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
   if config.rope_magnitude != 1:
     cos, sin = cos * config.rope_magnitude, sin * config.rope_magnitude
+  return Turns(cos, sin)
+
+
+def rope(x: jax.Array, by: Turns) -> jax.Array:
+  """Rotates halves (x1, x2): [N, H, d] -> [N, H, d]."""
+  half = x.shape[-1] // 2
+  cos, sin = by.cos[:, None, :], by.sin[:, None, :]
   x1, x2 = x[..., :half], x[..., half:]
   turned = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]
   return jnp.concatenate(turned, axis=-1).astype(x.dtype)

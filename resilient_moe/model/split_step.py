@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from resilient_moe.model.config import ModelConfig, StepOptions
 from resilient_moe.model.experts import kernel_of
 from resilient_moe.model.layers import attend_layer, combine, run_layers
+from resilient_moe.model.products import layer_of
+from resilient_moe.model.rope import turns
 from resilient_moe.model.step import (
   attend_cached,
   lanes,
@@ -121,10 +123,9 @@ def _attend(
 ) -> tuple[Midway, jax.Array]:  # fmt: skip
   """MoE layer number `layer` up to its experts."""
   group = params["groups"][-1]
-  pick = lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False)
   x, kv, h, (chosen, gates, _) = attend_layer(
-    config, options, jax.tree.map(pick, group), config.dense_layers + layer,
-    x, at, masked, attend,
+    config, options, layer_of(group, layer), config.dense_layers + layer,
+    x, turns(at, config), masked, attend,
   )  # fmt: skip
   return Midway(x, h, chosen, gates), kv
 

@@ -118,11 +118,12 @@ class Engine:
     dispatch: str = "all_to_all",
     logical: bool = False,
     row_block: int = 32,
+    kernels: str = "native",
     config: ModelConfig = TINY,
     copies: int = 2,
   ) -> None:
     self.options = dataclasses.replace(
-      OPTIONS, dispatch=dispatch, row_block=row_block
+      OPTIONS, dispatch=dispatch, row_block=row_block, kernels=kernels
     )
     self.config = config
     self.n_ranks, self.logical = n_ranks, logical

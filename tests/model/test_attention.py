@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from resilient_moe.model import ModelConfig, StepOptions
-from resilient_moe.model.attention import Reach, attend, attend_plain
+from resilient_moe.model.attention import Cached, Reach, attend, attend_plain
+from resilient_moe.model.config import KERNEL_KINDS
 from resilient_moe.model.projections import attention_output, queries_and_kv
-from resilient_moe.model.rope import rope
+from resilient_moe.model.rope import rope, turns
 from tests.model.families import LATENT
 from tests.model.harness import fast_jit, tiny_params
 
@@ -36,16 +37,24 @@ def draw(rng, *shape):
   return rng.standard_normal(shape).astype(np.float32)
 
 
-@functools.partial(fast_jit, static_argnames=("kv_block", "latent"))
-def run(
-  q, kv_new, start, length, cache, kv_block, latent=0, sinks=None, window=None
-):
-  def block(j):
-    return jax.lax.dynamic_slice_in_dim(cache, j * kv_block, kv_block, 2)
+@pytest.fixture(params=KERNEL_KINDS)
+def run(request):
+  """`attend` over a cache [G, heads, T, w], by every kind of kernel."""
+  return functools.partial(_run, kernels=request.param)
 
-  options = StepOptions(kv_block=kv_block)
+
+@functools.partial(fast_jit, static_argnames=("kv_block", "kernels", "latent"))
+def _run(
+  q, kv_new, start, length, cache, kv_block, kernels, latent=0, sinks=None,
+  window=None,
+):  # fmt: skip
+  options = StepOptions(kv_block=kv_block, kernels=kernels)
   reach = Reach(latent, sinks, window)
-  return attend(q, kv_new, start, length, block, options, reach)
+  layers = jnp.stack([cache + 1, cache])  # the second is read
+  # A row before those that are read.
+  rows = jnp.concatenate([layers[:, :1] + 1, layers], axis=1)
+  old = Cached(rows, jnp.int32(1), jnp.int32(1))
+  return attend(q, kv_new, start, length, old, options, reach)
 
 
 def cached(kv, starts, size, fill=1e4):
@@ -67,7 +76,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_attention_over_a_cache_is_dense_attention(shape, rng):
+def test_attention_over_a_cache_is_dense_attention(run, shape, rng):
   n_q, starts, size = SHAPES[shape]
   g, total = len(starts), 64
   kv = draw(rng, g, total, 2 * KV_HEADS, D)
@@ -81,7 +90,7 @@ def test_attention_over_a_cache_is_dense_attention(shape, rng):
     np.testing.assert_allclose(out[i], want, atol=2e-5)
 
 
-def test_padded_queries_and_idle_rows_change_no_bit(rng):
+def test_padded_queries_and_idle_rows_change_no_bit(run, rng):
   n_q, starts = 12, (0, 5, 21)
   kv = draw(rng, 3, 64, 2 * KV_HEADS, D)
   q = draw(rng, 3, n_q, HEADS, D)
@@ -99,7 +108,7 @@ def test_padded_queries_and_idle_rows_change_no_bit(rng):
 
 
 @pytest.mark.parametrize("kv_heads", [KV_HEADS, HEADS])
-def test_decoded_and_prefilled_tokens_have_equal_bits(kv_heads, rng):
+def test_decoded_and_prefilled_tokens_have_equal_bits(run, kv_heads, rng):
   """The same positions as one chunk, as two, and one by one."""
   n, d = 24, 64
   kv, q = draw(rng, 1, n, 2 * kv_heads, d), draw(rng, 1, n, HEADS, d)
@@ -132,7 +141,7 @@ REACHES = {
 
 
 @pytest.mark.parametrize("reach", REACHES)
-def test_sinks_windows_and_latents_are_those_of_dense_attention(reach, rng):
+def test_sinks_windows_and_latents_are_those_of_dense_attention(run, reach, rng):
   how, n, starts = REACHES[reach], 40, (0, 7, 16)
   heads = 1 if "latent" in how else 2 * KV_HEADS
   kv, q = draw(rng, 3, 64, heads, D), draw(rng, 3, n, HEADS, D)
@@ -155,7 +164,7 @@ def test_sinks_windows_and_latents_are_those_of_dense_attention(reach, rng):
     np.testing.assert_allclose(got[i], want, atol=1e-5)
 
 
-def test_blocks_before_every_window_are_not_read(rng):
+def test_blocks_before_every_window_are_not_read(run, rng):
   """NaN in them would reach a masked product."""
   kv, q = draw(rng, 2, 64, 2 * KV_HEADS, D), draw(rng, 2, 1, HEADS, D)
   at, one = np.array([50, 60], np.int32), np.ones(2, np.int32)
@@ -168,11 +177,14 @@ def test_blocks_before_every_window_are_not_read(rng):
     np.testing.assert_allclose(out[i], want, atol=2e-5)
 
 
-def test_without_a_cache_it_is_plain_attention(rng):
+@pytest.mark.parametrize("kernels", KERNEL_KINDS)
+def test_without_a_cache_it_is_plain_attention(kernels, rng):
   q, kv = draw(rng, 2, 21, HEADS, D), draw(rng, 2, 21, 2 * KV_HEADS, D)
   zero, n = np.zeros(2, np.int32), np.full(2, 21, np.int32)
   blocks = fast_jit(
-    lambda: attend(q, kv, zero, n, None, StepOptions(kv_block=8))
+    lambda: attend(
+      q, kv, zero, n, None, StepOptions(kv_block=8, kernels=kernels)
+    )
   )()
   plain = fast_jit(attend_plain)(q, kv)
   np.testing.assert_allclose(blocks, plain, atol=1e-5)
@@ -188,7 +200,7 @@ def test_rope_rotates_halves(rng):
   turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[:, None]
   want = np.concatenate([turned.real, turned.imag], axis=-1)
   config = ModelConfig(head_dim=D, rope_theta=100.0)
-  got = fast_jit(lambda x: rope(x, jnp.asarray(at), config))(x)
+  got = fast_jit(lambda x: rope(x, turns(jnp.asarray(at), config)))(x)
   np.testing.assert_allclose(got, want, atol=2e-4)
 
 
@@ -197,9 +209,9 @@ def test_queries_are_scaled_and_values_left(rng):
   h = draw(rng, 5, 16)
   w = {"qkv": draw(rng, 16, (HEADS + 2 * KV_HEADS) * D)}
   at = jnp.arange(5, dtype=jnp.int32)
-  q, kv = fast_jit(lambda h: queries_and_kv(c, w, h, at))(h)
+  q, kv = fast_jit(lambda h: queries_and_kv(c, StepOptions(), w, h, turns(at, c)))(h)
   heads = (h @ w["qkv"]).reshape(5, -1, D)
-  turned = fast_jit(lambda x: rope(x, at, c))(heads)
+  turned = fast_jit(lambda x: rope(x, turns(at, c)))(heads)
   close = functools.partial(np.testing.assert_allclose, atol=1e-5)
   close(q, turned[:, :HEADS] / np.sqrt(D))
   close(kv[:, :KV_HEADS], turned[:, HEADS : HEADS + KV_HEADS])
@@ -212,15 +224,15 @@ def test_absorbed_projections_are_the_expanded_ones(rng):
   h = draw(rng, 6, 32)
   w = {n: x[0] for n, x in tiny_params(c)["groups"][0]["attention"].items()}
   at = np.arange(6, dtype=np.int32)
-  q, kv = fast_jit(lambda h: queries_and_kv(c, w, h, jnp.asarray(at)))(h)
+  q, kv = fast_jit(lambda h: queries_and_kv(c, StepOptions(), w, h, turns(jnp.asarray(at), c)))(h)
   out = attend_plain(q[None], kv[None], Reach(c.kv_rank))[0]
-  got = fast_jit(lambda out: attention_output(c, w, out))(out)
+  got = fast_jit(lambda out: attention_output(c, StepOptions(), w, out))(out)
   heads = (h @ w["q"]).reshape(6, 4, 10)
   low = h @ w["kv_a"]
   latent = low[:, :16]
   latent /= np.sqrt((latent**2).mean(-1, keepdims=True) + 1e-6)
   latent *= w["kv_a_norm"]
-  turn = fast_jit(lambda x: rope(x, jnp.asarray(at), c))
+  turn = fast_jit(lambda x: rope(x, turns(jnp.asarray(at), c)))
   queries = np.concatenate([heads[..., :6], turn(heads[..., 6:])], axis=-1)
   key = np.broadcast_to(turn(low[:, None, 16:]), (6, 4, 4))
   keys = np.einsum("tr,hpr->thp", latent, w["k_up"])

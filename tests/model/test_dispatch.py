@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from resilient_moe.mesh import make_mesh
 from resilient_moe.model import StepOptions
-from resilient_moe.model.config import DISPATCHES, EXPERT_KERNELS
+from resilient_moe.model.config import DISPATCHES, EXPERT_KERNELS, ModelConfig
 from resilient_moe.model.dispatch import AXIS, make_exchange, round_size
 from tests.model import expert_cases as cases
 from tests.model.harness import fast_jit
@@ -24,7 +24,7 @@ SIZES = (1, 2, 3, 5, 8)
 def exchange(n_ranks: int, dispatch: str, kernel: str):
   """One rank's function of its experts [L, 1, S, ...], x and slots [1, ...]."""
   options = StepOptions(dispatch=dispatch, experts=kernel)
-  do = make_exchange(options, n_ranks)
+  do = make_exchange(ModelConfig(), options, n_ranks)
 
   def one_rank(experts, x, to):
     mine = jax.tree.map(lambda w: w[:, 0], experts)

@@ -7,16 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resilient_moe.model.config import EXPERT_KERNELS
-from resilient_moe.model.experts import KERNELS, _plan, block_size
+from resilient_moe.model.config import (
+  EXPERT_KERNELS,
+  ModelConfig,
+  StepOptions,
+)
+from resilient_moe.model.experts import KERNELS, _plan, block_size, kernel_of
 from tests.model import expert_cases as cases
 from tests.model.harness import fast_jit
 
 
-@functools.partial(fast_jit, static_argnames=("kernel", "block"))
-def run(experts, x, token, slots, kernel, block=0):
-  layer = jnp.int32(cases.LAYER)
-  return KERNELS[kernel](experts, layer, x, token, slots, block)
+WAYS = {
+  "native": StepOptions(),
+  "blocks": StepOptions(kernels="xla"),
+  "static": StepOptions(experts="static"),
+}
+
+
+@functools.partial(fast_jit, static_argnames=("way",))
+def run(experts, x, token, slots, way):
+  kernel = kernel_of(ModelConfig(), WAYS[way])
+  return kernel(experts, jnp.int32(cases.LAYER), x, token, slots)
 
 
 def assignments(to: np.ndarray, n_slots: int):
@@ -32,7 +43,7 @@ def test_the_config_names_the_kernels_that_exist():
 
 @pytest.mark.parametrize("n_ranks", [1])
 class TestKernels(cases.ExpertTests):
-  @pytest.fixture(params=EXPERT_KERNELS)
+  @pytest.fixture(params=WAYS)
   def way(self, request):
     return request.param
 
@@ -43,7 +54,8 @@ class TestKernels(cases.ExpertTests):
     return np.asarray(y).reshape(*to.shape, -1)
 
 
-def test_blocks_give_an_assignment_the_same_bits_in_any_number(rng):
+@pytest.mark.parametrize("way", ["native", "blocks"])
+def test_an_assignment_has_the_same_bits_in_any_number(way, rng):
   """Few assignments run in blocks of 8, many in blocks of 32."""
   slots = cases.place(1, rng)
   experts = jax.tree.map(lambda w: w[:, 0], cases.stacks(slots))
@@ -51,9 +63,9 @@ def test_blocks_give_an_assignment_the_same_bits_in_any_number(rng):
   choice = cases.choices(rng, 1, len(x))["any"][0]
   token, flat = assignments(cases.seat(choice, slots, rng), slots.size)
   assert block_size(len(flat), 0) == 32
-  whole = run(experts, x, token, flat, "blocks")
+  whole = run(experts, x, token, flat, way)
   for n in (1, 60):
-    part = run(experts, x, token[:n], flat[:n], "blocks")
+    part = run(experts, x, token[:n], flat[:n], way)
     np.testing.assert_array_equal(part, whole[:n])
 
 
@@ -65,9 +77,9 @@ def test_rows_of_empty_slots_are_never_computed(rng):
   to = np.full((cases.TOKENS, cases.K), -1, np.int32)
   to[:9, 0] = np.flatnonzero(slots.reshape(-1) == 3)[0]
   token, flat = assignments(to, slots.size)
-  for kernel in KERNELS:
-    y = run(experts, cases.tokens(1, cases.TOKENS)[0], token, flat, kernel)
-    assert np.isfinite(y).all(), kernel
+  for way in WAYS:
+    y = run(experts, cases.tokens(1, cases.TOKENS)[0], token, flat, way)
+    assert np.isfinite(y).all(), way
 
 
 def test_cost_grows_with_the_rows_and_not_with_the_experts_held(rng):

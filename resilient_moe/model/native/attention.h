@@ -41,13 +41,43 @@ inline int64_t QueriesPerTile(const Attention& a) {
   return std::max<int64_t>(1, 64 / (a.heads / a.kv_heads));
 }
 
-// A head of the cache at `position`, from the new tokens or from the cache.
-inline const float* Cached(const Attention& a, const Sequence& s,
-                           int64_t head, int64_t position) {
-  const int64_t i = position - s.start;
-  if (i >= 0 || !s.cache)
-    return s.fresh + (i * a.cached_heads + head) * a.width;
-  return s.cache + (head * a.room + position) * a.width;
+// A head's cached tokens, each `stride` floats after the one before.
+struct Tokens {
+  const float* first;
+  int64_t stride;
+};
+
+// Positions [from, from + count) of a head: where they lie if they lie
+// together, or else copied to `room`, the cached ones before the new.
+inline Tokens Find(const Attention& a, const Sequence& s, int64_t head,
+                   int64_t from, int64_t count, std::vector<float>& room) {
+  const int64_t stride = a.cached_heads * a.width;
+  const float* fresh = s.fresh + head * a.width + (from - s.start) * stride;
+  if (from >= s.start || !s.cache) return {fresh, stride};
+  const float* old = s.cache + (head * a.room + from) * a.width;
+  const int64_t n = std::min(count, s.start - from);
+  if (n == count) return {old, a.width};
+  room.resize(count * a.width);
+  std::copy_n(old, n * a.width, room.data());
+  for (int64_t t = n; t < count; ++t)
+    std::copy_n(fresh + t * stride, a.width, &room[t * a.width]);
+  return {room.data(), a.width};
+}
+
+// Keys [count, w] with lanes as keys, [w, block].
+inline void Turn(const Tokens& keys, int64_t count, int64_t width, float* to,
+                 int64_t block) {
+  for (int64_t t = 0; t < count; t += kLanes)
+    for (int64_t d = 0; d < width; d += kLanes) {
+      const float* from = keys.first + t * keys.stride + d;
+      if (t + kLanes <= count && d + kLanes <= width) {
+        Transpose(from, keys.stride, to + d * block + t, block);
+        continue;
+      }
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, count - t); ++i)
+        for (int64_t c = 0; c < std::min<int64_t>(kLanes, width - d); ++c)
+          to[(d + c) * block + t + i] = from[i * keys.stride + c];
+    }
 }
 
 // One block of keys for n rows: scores, then the running softmax's update.
@@ -70,12 +100,13 @@ class Softmax {
   // what the row's sums so far are to be multiplied by.
   float Update(int64_t row, int64_t from, int64_t to) {
     float* s = rows_[row];
-    float top = top_[row];
-    for (int64_t i = from; i < to; ++i) top = std::max(top, s[i]);
-    Vector sum{};
     const float none = -std::numeric_limits<float>::infinity();
-    std::fill(s, s + std::max<int64_t>(from, 0), none);
-    std::fill(s + std::max<int64_t>(to, 0), s + block_, none);
+    std::fill(s, s + from, none);
+    std::fill(s + to, s + block_, none);
+    Vector most = Vector{} + top_[row], sum{};
+    for (int64_t i = 0; i < block_; i += kLanes) most = Max(most, Load(s + i));
+    float top = most[0];
+    for (int i = 1; i < kLanes; ++i) top = std::max(top, most[i]);
     for (int64_t i = 0; i < block_; i += kLanes) {
       const Vector p = Exp(Load(s + i) - top);
       Store(s + i, p);
@@ -117,21 +148,19 @@ inline void AttendTile(const Attention& a, const Sequence& s, int64_t head,
     if (a.sinks) softmax.Sink(r, a.sinks[h]);
   }
   const int64_t stride = softmax.block();
-  std::vector<float> turned(a.width * stride, 0.0f), values(a.block * v);
+  std::vector<float> turned(a.width * stride, 0.0f), key_room, value_room;
   const int64_t last = s.start + live - 1;  // position
   const int64_t seen = a.window ? s.start + begin - a.window + 1 : 0;
   int64_t j = std::max<int64_t>(seen, 0) / a.block;
   for (; j * a.block <= last; ++j) {
     const int64_t from = j * a.block;
     const int64_t count = std::min(a.block, last + 1 - from);
-    for (int64_t t = 0; t < count; ++t) {
-      const float* k = Cached(a, s, head, from + t);
-      for (int64_t d = 0; d < a.width; ++d) turned[d * stride + t] = k[d];
-      // A latent is its own value; otherwise values lie behind the keys.
-      const float* value =
-          a.latent ? k : Cached(a, s, a.kv_heads + head, from + t);
-      std::copy_n(value, v, &values[t * v]);
-    }
+    const Tokens keys = Find(a, s, head, from, count, key_room);
+    Turn(keys, count, a.width, turned.data(), stride);
+    // A latent is its own value; otherwise values lie behind the keys.
+    const Tokens values =
+        a.latent ? keys
+                 : Find(a, s, a.kv_heads + head, from, count, value_room);
     Multiply(n, q.data(), turned.data(), a.width, stride, true,
              softmax.scores(), 0, stride);
     for (int64_t r = 0; r < n; ++r) {
@@ -142,8 +171,8 @@ inline void AttendTile(const Attention& a, const Sequence& s, int64_t head,
           std::clamp<int64_t>(at + 1 - from, 0, count));
       for (int64_t c = 0; c < v; ++c) out[r][c] *= keep;
     }
-    Multiply(n, softmax.weights(), values.data(), count, v, false, out.data(),
-             0, v);
+    Multiply(n, softmax.weights(), values.first, count, values.stride, false,
+             out.data(), 0, v);
   }
   for (int64_t r = 0; r < n; ++r)
     for (int64_t c = 0; c < v; ++c) out[r][c] /= softmax.total(r);

@@ -18,6 +18,11 @@ using Result = ffi::ResultBuffer<ffi::F32>;
 
 int64_t Count(const Integers& x) { return x.element_count(); }
 
+template <typename T>
+int64_t Size(const std::vector<T>& x) {
+  return x.size();
+}
+
 // The rows of one matrix.
 struct Group {
   int64_t slot;
@@ -107,7 +112,11 @@ ffi::Error Experts(ffi::ThreadPool pool, Floats x, Integers token,
   std::vector<Group> groups = BySlot(slot, slots);
   int64_t rows = 0;
   for (const Group& g : groups) rows += g.row.size();
-  std::vector<float> hidden(rows * 2 * f), active(rows * f);
+  // Kept from call to call: fresh memory would be cleared page by page.
+  static thread_local std::vector<float> scratch;
+  if (Size(scratch) < rows * 3 * f) scratch.resize(rows * 3 * f);
+  float* const hidden = scratch.data();
+  float* const active = hidden + rows * 2 * f;
   std::vector<std::vector<float*>> to(groups.size());
   std::vector<std::vector<const float*>> from(groups.size());
   int64_t at = 0;
@@ -116,8 +125,8 @@ ffi::Error Experts(ffi::ThreadPool pool, Floats x, Integers token,
       const int64_t t =
           std::clamp<int64_t>(token.typed_data()[row], 0, tokens - 1);
       groups[i].x.push_back(x.typed_data() + t * d);
-      groups[i].y.push_back(hidden.data() + at * 2 * f);
-      from[i].push_back(active.data() + at * f);
+      groups[i].y.push_back(hidden + at * 2 * f);
+      from[i].push_back(active + at * f);
       to[i].push_back(y->typed_data() + row * d);
       ++at;
     }

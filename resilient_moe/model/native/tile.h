@@ -36,6 +36,18 @@ inline Vector Load(const float* from) {
 
 inline void Store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
 
+// Lane i of the result is lane index[i] of a, then b.
+inline Vector Shuffle(Vector a, Vector b, Ints index) {
+#if defined(__clang__)
+  Vector y;
+  for (int i = 0; i < kLanes; ++i)
+    y[i] = index[i] < kLanes ? a[index[i]] : b[index[i] - kLanes];
+  return y;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
 // e^x, to about 2 units in the last place; exactly 1 at 0, 0 below -87.
 inline Vector Exp(Vector x) {
   const Ints tiny = x < -87.0f;
@@ -57,7 +69,31 @@ inline Vector Exp(Vector x) {
   return tiny ? Vector{} : p * scale;
 }
 
+inline Vector Max(Vector a, Vector b) { return a > b ? a : b; }
+
+// to[c][r] = from[r][c] for kLanes rows and columns: a perfect shuffle of the
+// rows' halves, log2(kLanes) times, is a transposition.
+inline void Transpose(const float* from, int64_t from_stride, float* to,
+                      int64_t to_stride) {
+  Ints low{}, high{};
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + (i % 2) * kLanes;
+    high[i] = low[i] + kLanes / 2;
+  }
+  Vector v[kLanes], next[kLanes];
+  for (int i = 0; i < kLanes; ++i) v[i] = Load(from + i * from_stride);
+  for (int step = 1; step < kLanes; step *= 2) {
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = Shuffle(v[i], v[i + kLanes / 2], low);
+      next[2 * i + 1] = Shuffle(v[i], v[i + kLanes / 2], high);
+    }
+    for (int i = 0; i < kLanes; ++i) v[i] = next[i];
+  }
+  for (int i = 0; i < kLanes; ++i) Store(to + i * to_stride, v[i]);
+}
+
 // Adds depths [k0, k1) to R rows of y, V vectors wide; from zero if `fresh`.
+// `w` points to depth k0 of the first column.
 template <int R, int V>
 void Tile(const float* const* x, const float* w, int64_t stride, int64_t k0,
           int64_t k1, bool fresh, float* const* y, int64_t column) {
@@ -66,7 +102,7 @@ void Tile(const float* const* x, const float* w, int64_t stride, int64_t k0,
     for (int v = 0; v < V; ++v)
       sum[r][v] = fresh ? Vector{} : Load(y[r] + column + v * kLanes);
   for (int64_t k = k0; k < k1; ++k) {
-    const float* at = w + k * stride + column;
+    const float* at = w + (k - k0) * stride;
     Vector row[V];
     for (int v = 0; v < V; ++v) row[v] = Load(at + v * kLanes);
     for (int r = 0; r < R; ++r)
@@ -105,6 +141,15 @@ inline void Rest(int rows, const float* const* x, const float* w,
     }
 }
 
+// kPanel columns of some depths, next to each other for the first cache.
+inline const float* Pack(const float* w, int64_t stride, int64_t depths) {
+  alignas(64) static thread_local float packed[kManyDepth * kPanel];
+  for (int64_t k = 0; k < depths; ++k)
+    for (int v = 0; v < kVectors; ++v)
+      Store(packed + k * kPanel + v * kLanes, Load(w + k * stride + v * kLanes));
+  return packed;
+}
+
 // Columns [begin, end) of y[i] = x[i] @ w, or of y[i] += x[i] @ w unless
 // `fresh`, for n rows. A row of w is `stride` floats.
 inline void Multiply(int64_t n, const float* const* x, const float* w,
@@ -114,18 +159,25 @@ inline void Multiply(int64_t n, const float* const* x, const float* w,
   for (int64_t k0 = 0; k0 < depth; k0 += block) {
     const int64_t k1 = std::min(depth, k0 + block);
     const bool first = fresh && !k0;
-    for (int64_t c = begin; c < end; c += kPanel)
+    for (int64_t c = begin; c < end; c += kPanel) {
+      const bool whole = end - c >= kPanel;
+      const bool pack = whole && n > 2 * kRows && stride > kPanel;
+      const float* from = w + k0 * stride + c;
+      const float* panel = pack ? Pack(from, stride, k1 - k0) : from;
+      const int64_t row = pack ? kPanel : stride;
       for (int64_t i = 0; i < n; i += kRows) {
         const int rows = static_cast<int>(std::min<int64_t>(kRows, n - i));
-        if (end - c >= kPanel) {
-          Rows<kVectors>(rows, x + i, w, stride, k0, k1, first, y + i, c);
+        if (whole) {
+          Rows<kVectors>(rows, x + i, panel, row, k0, k1, first, y + i, c);
           continue;
         }
         int64_t at = c;
         for (; at + kLanes <= end; at += kLanes)
-          Rows<1>(rows, x + i, w, stride, k0, k1, first, y + i, at);
+          Rows<1>(rows, x + i, from + at - c, stride, k0, k1, first, y + i,
+                  at);
         Rest(rows, x + i, w, stride, k0, k1, first, y + i, at, end);
       }
+    }
   }
 }
 
