@@ -75,10 +75,11 @@ def attend(
     return blocks()
 
   def kernel() -> jax.Array:
-    nothing = jnp.zeros((0,) * 5, q.dtype), jnp.int32(0), jnp.int32(0)
+    none = jnp.zeros((0,) * 5, q.dtype)
+    old = cached or Cached(none, jnp.int32(0), jnp.int32(0))
     sinks, window = reach.sinks, reach.window
     return native.attend(
-      q, kv_new, *(cached or nothing), start, length,
+      q, kv_new, old.cache, old.layer, old.row, start, length,
       jnp.zeros((0,), q.dtype) if sinks is None else sinks,
       jnp.int32(0) if window is None else window,
       latent=reach.latent, block=options.kv_block,

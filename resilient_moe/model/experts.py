@@ -48,7 +48,7 @@ def mlp(
   down: jax.Array,  # [F, D]
   gate_up_bias: jax.Array | None = None,  # [2F]
   down_bias: jax.Array | None = None,  # [D]
-  matmul: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul,
+  matmul: Any = jnp.matmul,  # (x [N, K], w [K, M]) -> [N, M]
 ) -> jax.Array:
   """A gated MLP, one expert's or a dense one: [N, D]."""
   hidden = matmul(x, gate_up)

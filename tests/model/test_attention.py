@@ -1,7 +1,6 @@
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -141,7 +140,9 @@ REACHES = {
 
 
 @pytest.mark.parametrize("reach", REACHES)
-def test_sinks_windows_and_latents_are_those_of_dense_attention(run, reach, rng):
+def test_sinks_windows_and_latents_are_those_of_dense_attention(
+  run, reach, rng
+):
   how, n, starts = REACHES[reach], 40, (0, 7, 16)
   heads = 1 if "latent" in how else 2 * KV_HEADS
   kv, q = draw(rng, 3, 64, heads, D), draw(rng, 3, n, HEADS, D)
@@ -209,7 +210,8 @@ def test_queries_are_scaled_and_values_left(rng):
   h = draw(rng, 5, 16)
   w = {"qkv": draw(rng, 16, (HEADS + 2 * KV_HEADS) * D)}
   at = jnp.arange(5, dtype=jnp.int32)
-  q, kv = fast_jit(lambda h: queries_and_kv(c, StepOptions(), w, h, turns(at, c)))(h)
+  before = lambda h: queries_and_kv(c, StepOptions(), w, h, turns(at, c))
+  q, kv = fast_jit(before)(h)
   heads = (h @ w["qkv"]).reshape(5, -1, D)
   turned = fast_jit(lambda x: rope(x, turns(at, c)))(heads)
   close = functools.partial(np.testing.assert_allclose, atol=1e-5)
@@ -223,8 +225,9 @@ def test_absorbed_projections_are_the_expanded_ones(rng):
   c = dataclasses.replace(LATENT, rope_theta=100.0)
   h = draw(rng, 6, 32)
   w = {n: x[0] for n, x in tiny_params(c)["groups"][0]["attention"].items()}
-  at = np.arange(6, dtype=np.int32)
-  q, kv = fast_jit(lambda h: queries_and_kv(c, StepOptions(), w, h, turns(jnp.asarray(at), c)))(h)
+  at = jnp.arange(6, dtype=jnp.int32)
+  before = lambda h: queries_and_kv(c, StepOptions(), w, h, turns(at, c))
+  q, kv = fast_jit(before)(h)
   out = attend_plain(q[None], kv[None], Reach(c.kv_rank))[0]
   got = fast_jit(lambda out: attention_output(c, StepOptions(), w, out))(out)
   heads = (h @ w["q"]).reshape(6, 4, 10)
@@ -232,7 +235,7 @@ def test_absorbed_projections_are_the_expanded_ones(rng):
   latent = low[:, :16]
   latent /= np.sqrt((latent**2).mean(-1, keepdims=True) + 1e-6)
   latent *= w["kv_a_norm"]
-  turn = fast_jit(lambda x: rope(x, turns(jnp.asarray(at), c)))
+  turn = fast_jit(lambda x: rope(x, turns(at, c)))
   queries = np.concatenate([heads[..., :6], turn(heads[..., 6:])], axis=-1)
   key = np.broadcast_to(turn(low[:, None, 16:]), (6, 4, 4))
   keys = np.einsum("tr,hpr->thp", latent, w["k_up"])

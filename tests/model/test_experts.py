@@ -16,7 +16,6 @@ from resilient_moe.model.experts import KERNELS, _plan, block_size, kernel_of
 from tests.model import expert_cases as cases
 from tests.model.harness import fast_jit
 
-
 WAYS = {
   "native": StepOptions(),
   "blocks": StepOptions(kernels="xla"),

@@ -12,10 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resilient_moe.model import forward, load_checkpoint, save_checkpoint
+from resilient_moe.model import (
+  StepOptions,
+  forward,
+  load_checkpoint,
+  save_checkpoint,
+)
+from resilient_moe.model.config import KERNEL_KINDS
 from resilient_moe.model.forward import train_forward
 from resilient_moe.model.params import describe
+from resilient_moe.model.products import row_block
 from resilient_moe.model.projections import attention_output, queries_and_kv
+from resilient_moe.model.rope import turns
 from resilient_moe.model.rows import rowwise
 from resilient_moe.model.step import cache_shape
 from tests.model.families import (
@@ -81,8 +89,11 @@ AS_WIDE_AS_PUBLISHED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("kernels", KERNEL_KINDS)
 @pytest.mark.parametrize("name", AS_WIDE_AS_PUBLISHED)
-def test_projections_have_the_same_bits_in_any_number_of_rows(name, rng):
+def test_projections_have_the_same_bits_in_any_number_of_rows(
+  name, kernels, rng
+):
   c = AS_WIDE_AS_PUBLISHED[name]
   specs = describe(c)["groups"][-1]["attention"]
   w = {
@@ -94,10 +105,13 @@ def test_projections_have_the_same_bits_in_any_number_of_rows(name, rng):
 
   @fast_jit
   def both(w, x, at):  # as arguments: constants would be laid out otherwise
-    before = lambda w, r: queries_and_kv(c, w, *r)
-    q, kv = rowwise(before, w, (x, at), 32)
+    options = StepOptions(kernels=kernels)
+    block = row_block(options, x)
+    before = lambda w, r: queries_and_kv(c, options, w, *r)
+    after = lambda w, r: attention_output(c, options, w, r)
+    q, kv = rowwise(before, w, (x, turns(at, c)), block)
     out = q[..., : c.kv_rank or c.head_dim]
-    return q, kv, rowwise(lambda w, r: attention_output(c, w, r), w, out, 32)
+    return q, kv, rowwise(after, w, out, block)
 
   want = both(w, x, at)
   for n in (1, 3, 16, 32, 47):

@@ -4,6 +4,7 @@ All comparisons are bit for bit, except where an option declares that it
 doesn't keep bits.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -25,6 +26,9 @@ CASES: dict[str, dict[str, Any]] = {
   "8": {"n_ranks": 8},
   "8-gather": {"n_ranks": 8, "dispatch": "all_gather"},
   "3-logical": {"n_ranks": 3, "logical": True},
+  "1-xla": {"n_ranks": 1, "kernels": "xla"},
+  "7-xla": {"n_ranks": 7, "kernels": "xla"},
+  "3-logical-xla": {"n_ranks": 3, "logical": True, "kernels": "xla"},
 }
 
 
@@ -39,31 +43,34 @@ def engine(case: str) -> Engine:
 
 
 @functools.cache
-def expected() -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
+def expected(
+  kernels: str = "native",
+) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
   """Greedy text, the logits that `forward` gives it, KV of a re-prefill."""
   text = PROMPT
   for _ in range(DECODED):
-    logits = logits_of(text)
+    logits = logits_of(text, kernels)
     text = (*text, int(logits[-1].argmax()))
-  one = engine("1")
+  one = engine("1" if kernels == "native" else f"1-{kernels}")
   one.prefill(Prompt(0, 0, text))
   kv = one.kv(0, 0, len(text))
   one.reset()  # leaves nothing that a wrong row could find
-  return text, logits_of(text), kv
+  return text, logits_of(text, kernels), kv
 
 
-def logits_of(text: tuple[int, ...]) -> np.ndarray:
+def logits_of(text: tuple[int, ...], kernels: str) -> np.ndarray:
   """From `forward`, as rows of several blocks, beside another text."""
   batch = np.stack([np.zeros_like(BESIDE), BESIDE])
   batch[0, : len(text)] = text
   tokens = jnp.asarray(batch)
-  logits = forward(TINY, harness.tiny_params(), tokens, OPTIONS)
+  options = dataclasses.replace(OPTIONS, kernels=kernels)
+  logits = forward(TINY, harness.tiny_params(), tokens, options)
   return np.asarray(logits)[0, : len(text)]
 
 
 def serve(e: Engine, rank: int, row: int, companions=lambda step: ()):
   """Prefill and teacher-forced decode; logits by position, and the KV."""
-  text, _, _ = expected()
+  text, _, _ = expected(e.options.kernels)
   rows, width, step = {}, e.options.chunk, 0
   for start in range(0, len(PROMPT), width):
     part = PROMPT[start : start + width]
@@ -77,8 +84,8 @@ def serve(e: Engine, rank: int, row: int, companions=lambda step: ()):
   return rows, e.kv(rank, row, len(text))
 
 
-def check(rows: dict[int, np.ndarray], kv: np.ndarray) -> None:
-  _, logits, prefilled = expected()
+def check(e: Engine, rows: dict[int, np.ndarray], kv: np.ndarray) -> None:
+  _, logits, prefilled = expected(e.options.kernels)
   for position, row in rows.items():
     np.testing.assert_array_equal(row, logits[position], f"at {position}")
   np.testing.assert_array_equal(kv, prefilled)
@@ -88,7 +95,7 @@ def check(rows: dict[int, np.ndarray], kv: np.ndarray) -> None:
 def test_chunks_and_decode_give_the_bits_of_forward(case):
   e = engine(case)
   e.reset()
-  check(*serve(e, rank=e.n_ranks - 1, row=1))
+  check(e, *serve(e, rank=e.n_ranks - 1, row=1))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -98,7 +105,7 @@ def test_place_and_companions_change_no_bit(case, rng):
     e.place(_random_entries(rng, e, copies))
     e.reset()
     rank, row = int(rng.integers(e.n_ranks)), int(rng.integers(3))
-    check(*serve(e, rank, row, _random_companions(rng, e, rank, row)))
+    check(e, *serve(e, rank, row, _random_companions(rng, e, rank, row)))
   e.place(harness.placement(e.n_ranks, e.shape.slots))
 
 
@@ -217,7 +224,7 @@ def test_sampled_text_is_equal_on_one_rank_and_on_eight(rng, round_):
 
 
 def test_fastest_numerics_are_close_but_promise_no_bits():
-  e = Engine(1, row_block=0, copies=1)
+  e = Engine(1, row_block=0, kernels="xla", copies=1)
   result = e.prefill(Prompt(0, 1, PROMPT))
   _, logits, prefilled = expected()
   n = len(PROMPT)

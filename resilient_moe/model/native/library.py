@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 
 import jax
+import jaxlib
 
 _SOURCES = pathlib.Path(__file__).parent
 _MAIN = _SOURCES / "handlers.cc"
@@ -78,7 +79,7 @@ def _digest(command: list[str]) -> str:
   digest = hashlib.sha256(" ".join(command).encode())
   for source in sorted(_SOURCES.glob("*.h")) + [_MAIN]:
     digest.update(source.read_bytes())
-  digest.update(f"{jax.lib.__version__} {platform.machine()}".encode())
+  digest.update(f"{jaxlib.__version__} {platform.machine()}".encode())
   digest.update(_processor().encode())
   return digest.hexdigest()[:16]
 
