@@ -25,6 +25,8 @@ from jax._src import compiler
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
+from resilient_moe.model import native
+
 _Unpickler = serialize_executable._JaxPjrtUnpickler
 
 
@@ -103,6 +105,7 @@ def load(
       f"an executable for {len(portable.device_ids)} devices can't be loaded "
       f"onto {len(devices)}"
     )
+  native.register()  # the program may call the kernels
   reader = _Relocating(portable, list(devices))
   unloaded, args_flat, no_kwargs = reader.load()
   args_info = portable.in_tree.unflatten(args_flat)

@@ -1,4 +1,4 @@
-// The kernels as XLA sees them; shapes are in `__init__.py`.
+// The kernels as XLA sees them; shapes are in `kernels.py`.
 
 #include <cstdint>
 #include <limits>

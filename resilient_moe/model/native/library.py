@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import logging
 import os
 import pathlib
@@ -12,7 +13,6 @@ import subprocess
 import tempfile
 
 import jax
-import jaxlib
 
 _SOURCES = pathlib.Path(__file__).parent
 _MAIN = _SOURCES / "handlers.cc"
@@ -79,7 +79,8 @@ def _digest(command: list[str]) -> str:
   digest = hashlib.sha256(" ".join(command).encode())
   for source in sorted(_SOURCES.glob("*.h")) + [_MAIN]:
     digest.update(source.read_bytes())
-  digest.update(f"{jaxlib.__version__} {platform.machine()}".encode())
+  for fact in (importlib.metadata.version("jaxlib"), platform.machine()):
+    digest.update(fact.encode())
   digest.update(_processor().encode())
   return digest.hexdigest()[:16]
 
