@@ -74,23 +74,30 @@ ffi::Error GroupedMatmul(ffi::ThreadPool pool, Floats x, Floats w,
   return ffi::Error::Success();
 }
 
-// hidden[begin, end) of the gate and the up projection -> their activation.
+// The gated activation: SwiGLU, or gpt-oss's clamped one if there is a limit.
+rmoe::Vector Gated(rmoe::Vector gate, rmoe::Vector up, float limit,
+                   float alpha) {
+  using rmoe::Vector;
+  if (limit > 0) {  // its up projection is biased by one
+    gate = gate > limit ? Vector{} + limit : gate;
+    up = up > limit ? Vector{} + limit : up;
+    up = (up < -limit ? Vector{} - limit : up) + 1.0f;
+  }
+  return up * (gate / (1.0f + rmoe::Exp(gate * -alpha)));
+}
+
 void Activate(const float* gate, const float* up, float* out, int64_t n,
               float limit, float alpha) {
-  using rmoe::Vector;
-  for (int64_t i = 0; i < n; i += rmoe::kLanes) {
-    const int64_t lanes = std::min<int64_t>(rmoe::kLanes, n - i);
-    Vector g{}, u{};
-    std::memcpy(&g, gate + i, lanes * sizeof(float));
-    std::memcpy(&u, up + i, lanes * sizeof(float));
-    if (limit > 0) {  // gpt-oss's, whose up projection is biased by one
-      g = g > limit ? Vector{} + limit : g;
-      u = u > limit ? Vector{} + limit : u;
-      u = (u < -limit ? Vector{} - limit : u) + 1.0f;
-    }
-    const Vector y = u * (g / (1.0f + rmoe::Exp(g * -alpha)));
-    std::memcpy(out + i, &y, lanes * sizeof(float));
-  }
+  int64_t i = 0;
+  for (; i + rmoe::kLanes <= n; i += rmoe::kLanes)
+    rmoe::Store(out + i, Gated(rmoe::Load(gate + i), rmoe::Load(up + i), limit,
+                               alpha));
+  if (i == n) return;
+  rmoe::Vector g{}, u{};
+  std::memcpy(&g, gate + i, (n - i) * sizeof(float));
+  std::memcpy(&u, up + i, (n - i) * sizeof(float));
+  const rmoe::Vector y = Gated(g, u, limit, alpha);
+  std::memcpy(out + i, &y, (n - i) * sizeof(float));
 }
 
 void AddBias(const std::vector<float*>& rows, const float* bias,

