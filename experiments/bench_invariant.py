@@ -7,17 +7,20 @@ from experiments.bench_program import program
 from experiments.bench_record import Cell, Result, Target, stat
 
 LIMIT = 1.2
-DEFAULT = "row_block=32"
+DEFAULT = "native"
+XLA: dict[str, int | str] = {"kernels": "xla"}
+PLAIN = XLA | {"row_block": 0}  # promises no bits
 # Fields of `StepOptions` on top of a model's own.
 VARIANTS: dict[str, dict[str, int | str]] = {
   DEFAULT: {},
-  "row_block=0": {"row_block": 0},
-  "row_block=8": {"row_block": 8},
-  "row_block=0, expert_block=32": {"row_block": 0, "expert_block": 32},
-  "row_block=0, expert_block=8": {"row_block": 0, "expert_block": 8},
-  "row_block=0, kv_block=256": {"row_block": 0, "kv_block": 256},
+  "xla, row_block=32": XLA,
+  "xla, row_block=8": XLA | {"row_block": 8},
+  "xla, row_block=0": PLAIN,
+  "xla, row_block=0, expert_block=32": PLAIN | {"expert_block": 32},
+  "xla, row_block=0, expert_block=8": PLAIN | {"expert_block": 8},
+  "xla, row_block=0, kv_block=256": PLAIN | {"kv_block": 256},
 }
-QUICK = (DEFAULT, "row_block=0")
+QUICK = (DEFAULT, "xla, row_block=0")
 
 
 def run(settings: models.Settings, workdir: pathlib.Path) -> Result:

@@ -45,6 +45,7 @@ def provenance(
     "cores": len(os.sched_getaffinity(0))
     if hasattr(os, "sched_getaffinity")
     else os.cpu_count(),
+    "kernels": _kernels(runtime),
     "versions": versions(),
   }
 
@@ -87,6 +88,16 @@ def _device_kind(runtime: str, ranks: int) -> str:
   if runtime == "simulated":
     return f"none: {ranks} simulated ranks in virtual time"
   return f"{ranks} {runtime} ranks on one device ({where})"
+
+
+def _kernels(runtime: str) -> str:
+  """What computes on CPU in float32; machines may have no compiler."""
+  if runtime == "simulated":
+    return "none"
+  from resilient_moe.model import native
+
+  why = native.register()
+  return f"XLA's, because: {why}" if why else "native"
 
 
 def _processor() -> str:
