@@ -10,13 +10,14 @@
 #   make test PYTEST_ARGS='-m "not slow"'     choose the tests
 #   make test REFERENCE=                      without torch and transformers,
 #     which the tests of public checkpoints compare with: those are skipped
-#   make test PYTEST_ARGS='-n 2'              several at once: jax uses every
-#     core by itself, so this pays on machines with more than two, and tests
-#     that compare times are steadier without it
+#   make test WORKERS=4                       that many processes run tests; 0:
+#     this one. Compilation and tracing take a core each, so two workers need
+#     little more than half the time of one on two cores
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 REFERENCE ?= reference
+WORKERS ?= 2
 
 COMMA := ,
 SHELL := bash
@@ -61,7 +62,7 @@ demo: $(RUN_STAMP)
 	  --workdir=runs/quickstart
 
 test: $(if $(REFERENCE),$(REFERENCE_STAMP),$(TEST_STAMP))
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ import pathlib
 import shlex
 import zlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,9 +25,9 @@ _SETTINGS = {
   "JAX_PLATFORMS": "cpu",
   "JAX_NUM_CPU_DEVICES": str(DEVICES),
   "JAX_NUMPY_RANK_PROMOTION": "raise",
-  # Compiled programs outlive the session. Entries aren't written atomically,
-  # so parallel pytest workers don't share them.
-  "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax" / WORKER),
+  # Compiled programs outlive the session, and parallel workers share them:
+  # whoever finds an entry half written compiles for itself (`setup.cfg`).
+  "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
   "RMOE_NATIVE_CACHE": str(ROOT / ".cache" / "native"),
@@ -71,6 +71,24 @@ def strict_transfers() -> Iterator[None]:
 
   with jax.transfer_guard_host_to_device("disallow"):
     yield
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+  """That of `-n`, see `parallel`; other values of `--dist` are xdist's own."""
+  if config.getoption("dist") != "load":
+    return None
+  from tests import parallel
+
+  return parallel.Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """In a worker of xdist, what takes long comes first."""
+  if WORKER:
+    from tests import parallel
+
+    items.sort(key=lambda item: parallel.order(item.nodeid))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import resilient_moe
+from tests import parallel
 
 
 def test_there_are_eight_ranks_and_a_spare():
@@ -68,3 +69,15 @@ def test_the_version_is_the_same_everywhere(repository):
 
 def _normal(name: str) -> str:
   return name.lower().replace("_", "-")
+
+
+def test_workers_take_whole_files_and_one_of_them_all_processes(repository):
+  assert all((repository / part).is_dir() for part in parallel.FIRST)
+  here = "tests/test_settings.py"
+  assert parallel.unit(f"{here}::test_one[a::b]") == here
+  probes, kills = (
+    f"tests/runtime/process/test_{name}.py::test_it"
+    for name in ("probe", "kills")
+  )
+  assert parallel.unit(probes) == parallel.unit(kills)
+  assert parallel.order(probes) < parallel.order(f"{here}::test_one")

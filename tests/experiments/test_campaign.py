@@ -382,13 +382,14 @@ def test_a_small_campaign_with_a_real_engine(tmp_path, monkeypatch, capsys):
   status = _launch(
     tmp_path,
     checkpoint=str(folder),
-    ranks=3,
+    ranks=2,
     scenarios="rank_lost_decode",
+    policies="kv_restore",
     seeds="0",
   )
   captured = capsys.readouterr()
   assert status == 0, captured.err
   row = _table(captured.out)["all"]
-  assert (row["cases"], row["kills"], row["verdict_true"]) == ("2", "2", "2")
-  assert row["exact_outputs"] == "8/8"
+  assert (row["cases"], row["kills"], row["verdict_true"]) == ("1", "1", "1")
+  assert row["exact_outputs"] == "4/4"
   assert float(row["resume_p50"]) > 0

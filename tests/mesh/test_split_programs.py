@@ -1,5 +1,7 @@
 """A step that is cut at its experts has the bits of the whole one."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -25,9 +27,13 @@ MODELS = {
 }  # fmt: skip
 
 
-def compiled(lower, shape) -> dict:
-  found = lower(shape, jax.devices()[0])
-  return {name: lowered().compile() for name, lowered in found.items()}
+@functools.cache
+def compiled(shape, name: str):
+  """One of the programs of a rank; only those that a test runs are needed."""
+  device = jax.devices()[0]
+  found = split_programs.lower_attention_programs(shape, device)
+  found |= split_programs.lower_expert_programs(shape, device)
+  return found[name]().compile()
 
 
 def batch(shape, chunk: int) -> np.ndarray:
@@ -43,11 +49,12 @@ def batch(shape, chunk: int) -> np.ndarray:
   return ints
 
 
-def split_step(shape, ready, params, cache, ints, chunk, experts) -> tuple:
+def split_step(shape, params, cache, ints, chunk, experts) -> tuple:
   """One attention rank and one expert rank with all experts, by hand."""
   config = shape.config
+  ready = functools.partial(compiled, shape)
   masked = np.zeros(config.n_experts, bool)
-  midway, kv = ready[f"begin{chunk}"](params, cache, masked, ints)
+  midway, kv = ready(f"begin{chunk}")(params, cache, masked, ints)
   new = [kv]
   for layer in range(config.moe_layers):
     chosen = np.asarray(midway.chosen)
@@ -58,17 +65,17 @@ def split_step(shape, ready, params, cache, ints, chunk, experts) -> tuple:
     token, slot = np.zeros(bucket, np.int32), np.full(bucket, shape.slots)
     token[: n * k] = np.arange(n * k) // k
     slot[: n * k] = chosen.reshape(-1)
-    y = ready[f"experts{bucket}"](
+    y = ready(f"experts{bucket}")(
       experts, np.int32(layer), rows, token, slot.astype(np.int32)
     )
     y = np.asarray(y)[: n * k].reshape(n, k, -1)
     if layer + 1 < config.moe_layers:
-      midway, kv = ready[f"go_on{chunk}"](
+      midway, kv = ready(f"go_on{chunk}")(
         params, cache, masked, ints, np.int32(layer + 1), midway.x,
         midway.gates, y,
       )  # fmt: skip
       new.append(kv)
-  return ready[f"finish{chunk}"](
+  return ready(f"finish{chunk}")(
     params, ints, midway.x, midway.gates, y, tuple(new)
   )
 
@@ -81,11 +88,9 @@ def test_bits_are_those_of_the_whole_step(chunk, model):
   ints = batch(shape, chunk)
   whole = programs.lower_step(shape, jax.devices()[:1], chunk).compile()
   delta, tokens = whole(params, cache, routing, ints)
-  ready = compiled(split_programs.lower_attention_programs, shape)
-  ready |= compiled(split_programs.lower_expert_programs, shape)
   dense = {name: value for name, value in params.items() if name != "experts"}
   experts = params["experts"]
-  got, said = split_step(shape, ready, dense, cache, ints, chunk, experts)
+  got, said = split_step(shape, dense, cache, ints, chunk, experts)
   lanes = [0, *range(2, 7)] if chunk else [0, 1]
   np.testing.assert_array_equal(
     np.asarray(got)[:, :, lanes], np.asarray(delta)[:, :, lanes]

@@ -24,6 +24,7 @@ from tests.runtime.harness import (
 )
 
 SINGLES = {frozenset({r}) for r in range(RANKS)}
+PAUSE_S = 0.05  # between two steps, else a busy machine starves the compiler
 
 
 def unready(
@@ -49,6 +50,7 @@ def test_meshes_become_ready_while_serving(
     if not driver.step():
       driver.accept(make_requests(n=6))
     served += 1
+    time.sleep(PAUSE_S)
   assert backend.view().ready == {frozenset(), *SINGLES}
   assert served > 20, "it served meanwhile"
   assert len(COMPILED) == before, "the serving process compiled"

@@ -124,15 +124,15 @@ class Reference:
       out = self.model(torch.tensor(tokens), output_hidden_states=True)
     return [h.numpy() for h in out.hidden_states]
 
-  def generate(self, prompt: list[int], count: int) -> list[int]:
-    """Greedy tokens behind a prompt."""
-    ids = torch.tensor([prompt])
+  def generate(self, prompts: np.ndarray, count: int) -> np.ndarray:
+    """Greedy tokens behind prompts [n, T]: [n, count]."""
+    ids = torch.tensor(prompts, dtype=torch.long)
     with torch.no_grad():
       out = self.model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
         min_new_tokens=count, do_sample=False,
       )  # fmt: skip
-    return out[0, len(prompt) :].tolist()
+    return out[:, prompts.shape[1] :].numpy()
 
 
 def make(

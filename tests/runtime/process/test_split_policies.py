@@ -39,7 +39,7 @@ PLANS: list[tuple[str, dict[str, Any], tuple[int, ...], set[str]]] = [
 
 
 @pytest.mark.parametrize(
-  ("policy", "kwargs", "ranks", "acts"), PLANS, ids=lambda v: str(v)
+  ("policy", "kwargs", "ranks", "acts"), PLANS, ids=[p for p, *_ in PLANS]
 )
 def test_each_policy_loses_no_request(
   lab: Lab, runs: Runs, policy: str, kwargs: dict, ranks: tuple[int, ...],
