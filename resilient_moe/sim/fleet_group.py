@@ -164,6 +164,8 @@ class Group:
   def _recover(self, failure: RanksLost) -> None:
     world, again = self._world, self._carrier.restarting
     self._lost.clear()
+    if world.stopped_s is None:  # plans are made for who runs now
+      world.seat()
     if again:  # what was starting has no plan but to start again
       self._restart_whole()
       return
@@ -178,8 +180,6 @@ class Group:
       self._restart_whole()
       return
     world.view = left
-    if world.stopped_s is None:
-      world.seat()
     self._carrier.begin(plan)
 
   def _plan(

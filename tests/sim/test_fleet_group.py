@@ -116,6 +116,20 @@ def test_a_stall_is_detection_and_the_price_of_resume(name, seed):
   assert counts.at_once < arrived - stall_s * rate + 1
 
 
+def test_the_loss_of_a_spare_stops_nobody(seed):
+  made, _, _ = group(load("spare"), seed)
+  # Rank 3's successor stands by, as 8 has taken its place; then it dies too.
+  strikes = [strike(1000.3, 3, back_s=2000.0), strike(3000.0, 3)]
+  tally = made.run(strikes, [], HOUR_S)
+  first, second = tally.records
+  assert first["recomputed"] > 0
+  assert "stall_s" in first
+  assert second["resume"] == [["Fence"]]
+  assert second["recomputed"] == 0
+  assert second["stopped"] == 0
+  assert len(tally.stalls) == 1
+
+
 def test_a_replacement_makes_it_whole_again(seed):
   made, _, _ = group(load("mesh_shrink", replace=True), seed)
   tally = made.run([strike(1000.0, 3, back_s=1500.0)], [], HOUR_S)
