@@ -32,7 +32,6 @@ class Settings:
     policy_kwargs: by label, arguments of its `make`; `policy` names whose.
     policy_defaults: arguments of every policy that takes them.
     cheapest_of: labels that `cheapest` chooses from, as they are configured.
-    repair_weight: of a second of repair against one of resume, for `cheapest`.
     instances: numbers of groups; devices are as many times `ranks`.
     seeds: of faults and of the requests that they catch.
     model: a preset of `sim.shapes`.
@@ -66,7 +65,6 @@ class Settings:
   )
   policy_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
   cheapest_of: tuple[str, ...] = ()
-  repair_weight: float = 0.01
   instances: tuple[int, ...] = (1,)
   seeds: tuple[int, ...] = (0,)
   model: str = "deepseek-v3"

@@ -6,7 +6,6 @@ another rack when there are several, else another host, else another rank.
 What to do after a loss is in `rescue.py`.
 """
 
-import itertools
 
 import numpy as np
 
