@@ -85,13 +85,17 @@ class Fitted:
     )
     runs = f"{a['runs']} {a['runtime']} runs, {a['deployment']}"
     seen = f"{a['steps']} steps, {a['faults']} faults"
-    held_out = a.get("held_out_error", {}).items()
-    off = ", ".join(f"{name} {error:.0%}" for name, error in held_out)
+    off = a.get("held_out_error", {})
+    in_steps = a.get("held_out_error_in_steps", {})
     text = f"calibrated on {runs} ({seen}) of {a['machine']}: {ranges}"
-    # Scaled by each run's step time before its fault: an easier test than
-    # plain seconds (`experiments.calibrate` prints both).
-    where = "; median error on held-out runs, in their own steps"
-    return text + (f"{where}: {off}" if off else "")
+    if not off:
+      return text
+    said = ", ".join(
+      f"{name} {error:.0%} ({in_steps[name]:.0%} in steps)"
+      if name in in_steps else f"{name} {error:.0%}"
+      for name, error in off.items()
+    )  # fmt: skip
+    return f"{text}; median error on held-out runs: {said}"
 
   def step_s(self, batch: StepBatch, view: ClusterView) -> float:
     fit = self.prefill if batch.chunks else self.decode
