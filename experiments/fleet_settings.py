@@ -51,7 +51,8 @@ class Settings:
       token, mean gap between the next.
     patience_s: clients that wait for longer leave.
     detect_s, straggler_s: when a loss, or a slow rank, is reported.
-    restart_part: of a group; so many idle devices are worth a restart.
+    restart_part: of a group; so many idle devices are worth a restart, where
+      the policy brings none in by itself. 0: one is.
     chunk: prompt tokens that a rank prefills in a step.
     most_rows: of a rank.
     row_margin: positions that a row is reserved for, over the mean of a
@@ -85,7 +86,7 @@ class Settings:
   patience_s: float = 60.0
   detect_s: float = 1.0
   straggler_s: float = 60.0
-  restart_part: float = 0.05
+  restart_part: float = 0.0
   chunk: int = 128
   most_rows: int = 256
   row_margin: float = 1.25

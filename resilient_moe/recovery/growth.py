@@ -220,14 +220,21 @@ def _gift(
   return None if second is None else (int(second[0]), int(second[1]))
 
 
-def next_meshes(view: ClusterView) -> tuple[act.Action, ...]:
+def next_meshes(
+  view: ClusterView, spares: bool = False
+) -> tuple[act.Action, ...]:
   """Makes the meshes of the next single losses ready, unless they are.
 
+  `spares`: the first spare that stands by takes the place of who is lost.
   Where roles are apart no program belongs to a mesh.
   """
   if view.disaggregated:
     return ()
   mesh = view.mesh.tolist()
-  names = [absent(view.launched, [m for m in mesh if m != r]) for r in mesh]
+  stand_by = np.flatnonzero(view.status == Status.SPARE).tolist()
+  joins = stand_by[:1] if spares else []
+  names = [
+    absent(view.launched, [*(m for m in mesh if m != r), *joins]) for r in mesh
+  ]
   wanted = [n for n in names if n not in view.ready and len(mesh) > 1]
   return tuple(act.FetchExecutable(name) for name in wanted)

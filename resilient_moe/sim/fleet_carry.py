@@ -148,7 +148,7 @@ class Carrier:
     if isinstance(action, act.Rejoin):
       self._started.pop(action.rank, None)
     if doing.pauses:
-      world.stall(doing.end_s - doing.start_s, world.running())
+      world.stall(doing.end_s - doing.start_s, world.running(), planned=True)
     if doing.part == "resume" and (
       not self._todo or self._todo[0][0] != "resume"
     ):

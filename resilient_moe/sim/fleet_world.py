@@ -19,6 +19,7 @@ from resilient_moe.sim.fleet_service import Service
 from resilient_moe.sim.fleet_setting import Setting, Template
 from resilient_moe.sim.fleet_tally import Tally
 
+RETURN = "return"  # the cause of a restart that brings devices back
 _SAME = 1e-3  # capacities that differ by less are one
 
 
@@ -124,16 +125,20 @@ class World:
     if self.stopped_s is None:
       return
     stall_s = self.t_s - self.stopped_s
-    self.stall(stall_s, self.stopped)
+    planned = self.record.get("cause") == RETURN
+    self.stall(stall_s, self.stopped, planned)
     self.record["stall_s"] = stall_s
     self.record["stopped"] = round(self.stopped)
     self.stopped_s, self.stopped, self.share = None, 0.0, 1.0
 
-  def stall(self, seconds: float, requests: float) -> None:
+  def stall(
+    self, seconds: float, requests: float, planned: bool = False
+  ) -> None:
     """So many requests had no token for so long; some are too slow now."""
     if requests <= 0:
       return
-    self.tally.stalls.append((seconds, requests))
+    kept = self.tally.pauses if planned else self.tally.stalls
+    kept.append((seconds, requests))
     step_s = self._service_now().step_at(self.rows())
     spare_s = self.setting.shape.tbt_slo_s - step_s
     # A request is too slow if its tokens are too few to make up for it.

@@ -83,6 +83,17 @@ def test_hosts_lost_in_turn_leave_no_trace_once_replaced(name, copies):
       assert (view.host[on[:, 0]] == view.host[on[:, 1]]).sum() <= 2
 
 
+def test_rearming_has_the_next_spare_stand_in_for_each_rank():
+  view, plan = recovered("spare", rearm=True, spares=2)
+  after = rm.advance_all(view, rm.ordered(plan.resume))
+  repaired = rm.advance_all(after, rm.ordered(plan.repair))
+  second = rm.recover_checked(
+    rm.load("spare", spares=2), repaired, rm.RanksLost((5,))
+  )
+  (fetch,) = only(second.resume, rm.FetchExecutable)
+  assert fetch.absent in repaired.ready
+
+
 def test_rearming_makes_the_next_single_losses_ready():
   view, plan = recovered("mesh_shrink", rearm=True)
   after = rm.advance_all(view, rm.ordered(plan.resume))
