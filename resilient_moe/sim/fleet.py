@@ -238,9 +238,10 @@ def _sample(
   devices = study.groups * (study.ranks + policy.spares)
   on_device, on_host = extra_bytes(prepared, study.memory, study.shape)
   each = service.capacity / (study.ranks + policy.spares)
-  steps = prompt_steps(load, study.shape.chunk)
   running = service.running(study.utilisation * plain)
-  prefill_s = service.first_token_s(running, steps)
+  prefill_s = service.first_token_s(
+    running, np.ceil(load.context / study.shape.chunk)
+  )
   stalls, pauses = tally.stalls, tally.pauses
   return {
     "policy": policy.name,
@@ -266,9 +267,9 @@ def _sample(
     "pause_p99_s": weighted(pauses, 0.99),
     "paused_requests": sum(requests for _, requests in pauses),
     "stalled_requests": sum(requests for _, requests in stalls),
-    "ttft_p50_s": counts.wait_s(0.5) + prefill_s,
-    "ttft_p99_s": counts.wait_s(0.99) + prefill_s,
-    "ttft_p999_s": counts.wait_s(0.999) + prefill_s,
+    "ttft_p50_s": counts.wait_s(0.5, prefill_s),
+    "ttft_p99_s": counts.wait_s(0.99, prefill_s),
+    "ttft_p999_s": counts.wait_s(0.999, prefill_s),
     "failures": tally.failures,
     "ranks_lost": tally.ranks_lost,
     "plans": tally.plans,
