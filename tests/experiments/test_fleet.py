@@ -177,8 +177,8 @@ def test_a_front_leaves_out_what_costs_more_for_less():
 
 def test_the_closed_form_is_near_to_stepping(monkeypatch):
   monkeypatch.setattr(fleet_check, "WARM_S", 60.0)
-  monkeypatch.setattr(fleet_check, "FAULT_S", 90.0)
-  monkeypatch.setattr(fleet_check, "END_S", 120.0)
+  monkeypatch.setattr(fleet_check, "FAULT_S", 120.0)
+  monkeypatch.setattr(fleet_check, "END_S", 180.0)
   row = fleet_check.compare("mesh_shrink", 8, 0.4, 0)
   for name, limit in (
     ("tokens", 0.1), ("gap_s", 0.15), ("stall_s", 0.05), ("ttft_p90_s", 0.25),
