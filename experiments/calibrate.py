@@ -18,7 +18,9 @@ before the fault say it; so that uses a number of the run that is held out).
 When in a step a fault strikes, and how long it takes until somebody knows, is
 chance: a prediction is the median of DRAWS simulations. Beside them stands what
 another seed says: the error of predicting a run by the median of the same
-scenario and policy under the other seeds. No model can be much better.
+scenario and policy under the other seeds, a yardstick for what can be said at
+all. Runs whose faults only processes know (a rank that is stuck, a store or
+supervisor that is lost) are not simulated: they are fitted, never held out.
 The file goes into --config.sim.calibration=FILE.
 """
 
@@ -35,9 +37,10 @@ import numpy as np
 from absl import flags
 
 from experiments import cases, settings, sweep
-from experiments.cases import TWIN, Job
+from experiments.cases import Job
 from experiments.simulated import simulated_case
 from resilient_moe import report
+from resilient_moe.faults import PROCESS_KINDS
 from resilient_moe.report import Event, History
 from resilient_moe.report.rows import BASELINE
 from resilient_moe.report.runs import write_text
@@ -132,7 +135,7 @@ def compare(
   )
   measured = []
   for job in held_out:
-    if job.case.policy == TWIN:
+    if not _comparable(job):
       continue
     twins = (job.twin_place, cases.shared_twin(job))
     base = job.place.parent.parent / BASELINE / job.place.name
@@ -148,6 +151,12 @@ def compare(
     middle = {name: _median(d[name] for d in drawn) for name in COMPARED}
     measured.append(Measured(job, _measure(of, real), middle))
   return measured
+
+
+def _comparable(job: Job) -> bool:
+  """Whether there is a fault, and a simulation knows of its kind."""
+  kinds = {fault.kind for fault in job.case.faults}
+  return bool(kinds) and not kinds & set(PROCESS_KINDS)
 
 
 def _drawn(
@@ -229,7 +238,7 @@ def calibrate(
   out = [job for job in found if chosen & _names(job)]
   unknown = chosen - {name for job in out for name in _names(job)}
   rest = [job for job in found if job not in out]
-  faulty = [job for job in out if job.case.policy != TWIN]
+  faulty = [job for job in out if _comparable(job)]
   if unknown or not rest or not faulty:
     raise ValueError(
       f"--holdout={','.join(sorted(chosen))}: at least one run must be held out"
@@ -251,7 +260,7 @@ def cross(
   if by not in CROSS:
     raise ValueError(f"--cross={by}: choices: {', '.join(CROSS)}")
   jobs = jobs_of(workdir)
-  faulty = [job for job in jobs if job.case.policy != TWIN]
+  faulty = [job for job in jobs if _comparable(job)]
   names = dict.fromkeys(str(getattr(job.case, by)) for job in faulty)
   if len(names) < 2:
     raise ValueError(f"--cross={by}: there is only {', '.join(names)}")
