@@ -51,6 +51,8 @@ class Fitted:
   Attributes:
     about: what was fitted: runtime, runs, steps, and the ranges (`note`).
     decode, prefill: steps without and with a prompt chunk.
+    after_resume: what the first step behind a recovery takes longer, without
+      and with a prompt chunk.
     actions: by NAME or NAME/KIND, where a kind is a tier or where programs
       come from; "*": any other.
     plan: by policy; "*": any other.
@@ -63,7 +65,7 @@ class Fitted:
   decode: StepFit
   prefill: StepFit
   turn_s: float
-  after_resume: float
+  after_resume: tuple[float, float]
   actions: Mapping[str, ActionFit]
   plan: Mapping[str, float]
   detect: Mapping[str, tuple[float, ...]]
@@ -102,8 +104,8 @@ class Fitted:
     rows, tokens = len(batch.rows), batch.prefill_tokens
     return fit.seconds(len(batch.mesh), rows, tokens)
 
-  def after_resume_s(self, view: ClusterView) -> float:
-    return self.after_resume
+  def after_resume_s(self, batch: StepBatch) -> float:
+    return self.after_resume[bool(batch.chunks)]
 
   def action(
     self, action: act.Action, view: ClusterView, placed: tuple[Placed, ...]
@@ -203,6 +205,7 @@ class Fitted:
       **fields,
       "decode": StepFit(**fields["decode"]),
       "prefill": StepFit(**fields["prefill"]),
+      "after_resume": tuple(map(float, fields["after_resume"])),
       "actions": {n: ActionFit(**f) for n, f in fields["actions"].items()},
       "detect": {n: tuple(d) for n, d in fields["detect"].items()},
       "starts": {
