@@ -1,13 +1,16 @@
 """How wrong the fleet study's closed form is: against stepping, where both can.
 
-  python -m experiments.fleet_check --workdir=DIR [--ranks=8,16] [--seed=0]
+  python -m experiments.fleet_check --workdir=DIR [--ranks=8,16] \
+      [--seeds=0,1,2,3,4] [--policies=mesh_shrink,kv_restore,restart_cached]
 
 The same requests and the same lost rank, once through the simulated runtime
 (every step, `sim.run`), once through the closed form (`sim.fleet_group`), over
-the same cost model: tokens made within the window, the mean gap between the
-tokens of a request, waits for the first token, the stall of the fault, and
-tokens a second when there is always more to do. DIR gets `closed_form.md` and
-`.csv`.
+the same cost model, after a time in which the group fills up: tokens made
+within the window, requests that decode when the rank is lost, the mean gap
+between the tokens of a request, waits for the first token, the stall of the
+fault, and tokens a second when there is always more to do. A seed draws the
+requests. DIR gets `closed_form.md` (medians and ranges over seeds) and `.csv`
+(every seed).
 """
 
 import csv
@@ -53,8 +56,9 @@ KWARGS: dict[str, dict[str, Any]] = {"kv_restore": {"replicas": 0}}  # it fits
 POLICIES = ("mesh_shrink", "kv_restore", "restart_cached")
 UTILISATIONS = (0.4, 0.8)
 START_S = 3000.0  # engines have started, meshes are ready
-FAULT_S = 60.0  # after that
-WINDOW_S = 120.0
+WARM_S = 120.0  # after that the group is as full as it will be
+FAULT_S = WARM_S + 60.0
+END_S = WARM_S + 120.0
 DETECT_S = 1.0
 CHUNK = 512
 ROWS = 8  # of a rank: few, so that stepping ends
@@ -65,9 +69,11 @@ SLO_S = 5.0
 class Numbers:
   """What both ways say of one run."""
 
-  tokens: float  # made within the window
+  tokens: float  # made from WARM_S to END_S
+  decoding: float  # requests, at the fault
   gap_s: float  # mean, between tokens of a request, before the fault
   ttft_p50_s: float
+  ttft_p90_s: float
   in_time: float  # part of the requests whose first token came in time
   stall_s: float  # of the fault
 
@@ -182,16 +188,19 @@ def stepped(made: Setup, drawn: arrivals.Arrivals, fault: bool) -> _Steps:
 
 def measured(history: _Steps, fault: bool) -> Numbers:
   """The numbers of a stepped run."""
-  end_s = START_S + WINDOW_S
-  tokens = sum(t <= end_s for each in history.times.values() for t in each)
-  # It fills up in the first half.
-  from_s, to_s = START_S + FAULT_S / 2, START_S + FAULT_S
+  from_s, fault_s, end_s = (START_S + t for t in (WARM_S, FAULT_S, END_S))
+  tokens = sum(
+    from_s < t <= end_s for each in history.times.values() for t in each
+  )
   gaps = [
     gap
     for each in history.times.values()
-    for gap in np.diff([t for t in each if from_s <= t <= to_s]).tolist()
+    for gap in np.diff([t for t in each if from_s <= t <= fault_s]).tolist()
   ]
   first = {n: each[0] - history.came[n] for n, each in history.times.items()}
+  decoding = sum(
+    each[0] <= fault_s < each[-1] for each in history.times.values()
+  )
   stalls = []
   for each in history.times.values():
     before = [t for t in each if t <= history.fault_s]
@@ -200,7 +209,8 @@ def measured(history: _Steps, fault: bool) -> Numbers:
       stalls.append(after[0] - history.fault_s)
   waits = np.array(list(first.values()))
   return Numbers(
-    float(tokens), float(np.mean(gaps)), float(np.median(waits)),
+    float(tokens), float(decoding), float(np.mean(gaps)),
+    float(np.median(waits)), float(np.quantile(waits, 0.9)),
     float((waits <= SLO_S).mean()),
     float(np.median(stalls)) if stalls else 0.0,
   )  # fmt: skip
@@ -226,19 +236,23 @@ def closed(made: Setup, drawn: arrivals.Arrivals, fault: bool) -> Numbers:
     strikes = [Strike(FAULT_S, "device", (3,), (1e9,))] if fault else []
     return group.run(strikes, [], until_s)
 
-  window, whole = run(WINDOW_S), run(60.0 * len(rates))
-  early = service.running(float(minutes[0] / 60))
-  late = service.running(float(minutes[-1] / 60))
-  # Who runs at the end has still to make half of a long request's tokens.
-  longs = float((load.generated**2).sum() / load.generated.sum())
-  open_tokens = late * service.ranks * longs / 2
+  warm, window = run(WARM_S), run(END_S)
+  whole = run(60.0 * len(rates))
+  at = int(FAULT_S // 60)
+  early = service.running(float(minutes[at - 1] / 60))
+  now = service.running(float(minutes[at] / 60))
   counts = whole.counts
+  own_s = service.first_token_s(running, np.ceil(load.context / CHUNK))
+  came = drawn.arrival_s
+  lengths = drawn.generated[(came > WARM_S) & (came <= END_S)]
   return Numbers(
-    window.counts.started * load.generated_mean - open_tokens,
+    (window.counts.started - warm.counts.started) * float(lengths.mean()),
+    now * service.ranks,
     service.step_at(early),
-    counts.wait_s(0.5) + prefill_s,
+    counts.wait_s(0.5, own_s),
+    counts.wait_s(0.9, own_s),
     counts.in_time / counts.started,
-    whole.stalls[0][0] if whole.stalls else 0.0,
+    fleet.weighted(whole.stalls, 0.5) or 0.0,
   )
 
 
@@ -269,7 +283,7 @@ def compare(
   load = arrivals.Load("conv", np.ones(1), context, generated)
   made = setup(name, ranks, load)
   rate = utilisation * made.prepared.service.capacity
-  drawn = arrivals.generate(of, WINDOW_S, rng, rate)
+  drawn = arrivals.generate(of, END_S, rng, rate)
   # The lengths of those who came, not of those who could have come.
   made = setup(
     name, ranks, arrivals.Load("conv", np.ones(1), drawn.context,
@@ -278,7 +292,7 @@ def compare(
   steps = measured(stepped(made, drawn, True), True)
   form = closed(made, drawn, True)
   row: dict[str, Any] = {
-    "policy": name, "ranks": ranks, "utilisation": utilisation,
+    "policy": name, "ranks": ranks, "utilisation": utilisation, "seed": seed,
     "requests": len(drawn.arrival_s),
   }  # fmt: skip
   for field in dataclasses.fields(Numbers):
@@ -289,64 +303,80 @@ def compare(
 
 
 def to_tables(rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
-  """Markdown and CSV; the error is of the closed form, over the stepped."""
-  names = ["policy", "ranks", "utilisation", "requests"]
+  """Markdown over seeds, and a CSV of all; errors: of closed over stepped."""
+  keys = ["policy", "ranks", "utilisation"]
   pairs = [f.name for f in dataclasses.fields(Numbers)]
   pairs.append("saturated_tokens_per_s")
   out = io.StringIO()
   writer = csv.writer(out, lineterminator="\n")
-  header = list(names)
-  for name in pairs:
-    header += [f"{name}_stepped", f"{name}_closed", f"{name}_error"]
-  writer.writerow(header)
-  body = []
+  names = [f"{p}_{kind}" for p in pairs for kind in ("stepped", "closed")]
+  writer.writerow([*keys, "seed", "requests", *names])
+  cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
   for row in rows:
-    plain = [str(row[name]) for name in names]
-    cells, shown = list(plain), list(plain)
-    for name in pairs:
-      if name not in row:
-        cells += [""] * 3
-        shown.append("-")
-        continue
-      seen, said = row[name]
-      error = said / seen - 1 if seen else 0.0
-      cells += [repr(seen), repr(said), repr(error)]
-      shown.append(f"{short(seen)} / {short(said)} ({100 * error:+.1f}%)")
-    writer.writerow(cells)
-    body.append(shown)
-  table = grid([*names, *pairs], body)
+    found = [row.get(name, ("", "")) for name in pairs]
+    plain = [row[k] for k in (*keys, "seed", "requests")]
+    writer.writerow([*plain, *(v for pair in found for v in pair)])
+    cases.setdefault(tuple(row[k] for k in keys), []).append(row)
+  body = [
+    [*map(str, case), str(len(mine)), *(_cell(mine, name) for name in pairs)]
+    for case, mine in cases.items()
+  ]
+  table = grid([*keys, "seeds", *pairs], body)
   note = (
     f"Stepped / closed form (error). {MODEL} on {DEVICE}, drawn Azure `conv` "
-    f"requests of {WINDOW_S:g} s, rank 3 lost after {FAULT_S:g} s, reported "
-    f"{DETECT_S:g} s later."
+    f"requests of {END_S:g} s, rank 3 lost after {FAULT_S:g} s, reported "
+    f"{DETECT_S:g} s later; tokens from {WARM_S:g} s on. Medians over seeds, "
+    "of errors also the range."
   )
   text = f"### Closed form against stepping\n\n{table}\n{note}\n"
   return text, out.getvalue()
 
 
+def _cell(rows: Sequence[dict[str, Any]], name: str) -> str:
+  """Medians of both ways, and of the error with its range."""
+  found = [row[name] for row in rows if name in row]
+  if not found:
+    return "-"
+  errors = [100 * (said / seen - 1) if seen else 0.0 for seen, said in found]
+  middle = " / ".join(
+    short(float(np.median(each))) for each in zip(*found, strict=True)
+  )
+  text = f"{middle} ({np.median(errors):+.1f}%"
+  if len(errors) > 1:
+    text += f" [{min(errors):+.1f}, {max(errors):+.1f}]"
+  return f"{text})"
+
+
 def launch(argv: Sequence[str]) -> int:
   """Compares, prints and writes the tables; the exit status."""
   given = dict(arg.lstrip("-").partition("=")[::2] for arg in argv[1:])
-  unknown = set(given) - {"workdir", "ranks", "seed"}
+  flags = ("workdir", "ranks", "seeds", "policies")
+  unknown = set(given) - set(flags)
   try:
     if unknown or not given.get("workdir"):
       raise ValueError(
         f"{sorted(unknown) or 'no --workdir'}; flags: --workdir=DIR, "
-        "--ranks=8,16, --seed=0"
+        "--ranks=8,16, --seeds=0,1, --policies=mesh_shrink"
       )
-    ranks = [int(each) for each in given.get("ranks", "8,16").split(",")]
-    seed = int(given.get("seed", 0))
+    ranks, seeds = (
+      [int(each) for each in given.get(name, default).split(",")]
+      for name, default in (("ranks", "8,16"), ("seeds", "0,1,2,3,4"))
+    )
+    policies = given.get("policies", ",".join(POLICIES)).split(",")
+    for name in policies:
+      recovery.load(name)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   folder = pathlib.Path(given["workdir"])
   folder.mkdir(parents=True, exist_ok=True)
   rows, text = [], ""
-  for count, utilisation, name in itertools.product(
-    ranks, UTILISATIONS, POLICIES
+  for count, utilisation, name, seed in itertools.product(
+    ranks, UTILISATIONS, policies, seeds
   ):
     rows.append(compare(name, count, utilisation, seed))
-    print(f"{name}, {count} ranks, {utilisation:g}: done", flush=True)
+    print(f"{name}, {count} ranks, {utilisation:g}, seed {seed}: done",
+          flush=True)  # fmt: skip
     text, table = to_tables(rows)  # what there is, should it be stopped
     write_text(folder / "closed_form.md", text)
     write_text(folder / "closed_form.csv", table)

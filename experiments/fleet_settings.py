@@ -32,7 +32,6 @@ class Settings:
     policy_kwargs: by label, arguments of its `make`; `policy` names whose.
     policy_defaults: arguments of every policy that takes them.
     cheapest_of: labels that `cheapest` chooses from, as they are configured.
-    repair_weight: of a second of repair against one of resume, for `cheapest`.
     instances: numbers of groups; devices are as many times `ranks`.
     seeds: of faults and of the requests that they catch.
     model: a preset of `sim.shapes`.
@@ -52,7 +51,8 @@ class Settings:
       token, mean gap between the next.
     patience_s: clients that wait for longer leave.
     detect_s, straggler_s: when a loss, or a slow rank, is reported.
-    restart_part: of a group; so many idle devices are worth a restart.
+    restart_part: of a group; so many idle devices are worth a restart, where
+      the policy brings none in by itself. 0: one is.
     chunk: prompt tokens that a rank prefills in a step.
     most_rows: of a rank.
     row_margin: positions that a row is reserved for, over the mean of a
@@ -66,7 +66,6 @@ class Settings:
   )
   policy_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
   cheapest_of: tuple[str, ...] = ()
-  repair_weight: float = 0.01
   instances: tuple[int, ...] = (1,)
   seeds: tuple[int, ...] = (0,)
   model: str = "deepseek-v3"
@@ -87,7 +86,7 @@ class Settings:
   patience_s: float = 60.0
   detect_s: float = 1.0
   straggler_s: float = 60.0
-  restart_part: float = 0.05
+  restart_part: float = 0.0
   chunk: int = 128
   most_rows: int = 256
   row_margin: float = 1.25

@@ -17,21 +17,23 @@ from resilient_moe.sim.failure_rates import LLAMA3_CAUSES, RATES
 
 CHEAPEST = "cheapest"
 COLUMNS = (
-  "full", "degraded", "zero", "goodput_fraction", "goodput_per_device",
-  "goodput_vs_best_fixed", "stall_p50_s", "stall_p99_s", "ttft_p99_s",
+  "full", "degraded", "zero", "capacity", "goodput_fraction",
+  "goodput_per_device", "goodput_vs_best_fixed", "stall_p50_s", "stall_p99_s",
+  "pause_p50_s", "pause_p99_s", "ttft_p99_s",
   "requests_refused", "requests_lost", "tokens_lost", "tokens_recomputed",
   "failures", "abandoned", "fallbacks", "planned_restarts", "outages",
   "redundancy_device_bytes", "redundancy_host_bytes", "redundancy_memory",
   "spare_devices", "throughput_cost",
 )  # fmt: skip
 SHOWN = (
-  "full", "degraded", "zero", "goodput_fraction", "goodput_vs_best_fixed",
-  "stall_p50_s", "stall_p99_s", "ttft_p99_s", "requests_lost",
+  "full", "zero", "capacity", "goodput_fraction", "goodput_vs_best_fixed",
+  "stall_p50_s", "stall_p99_s", "pause_p50_s", "ttft_p99_s", "requests_lost",
   "tokens_recomputed", "fallbacks", "planned_restarts",
   "redundancy_memory", "redundancy_host_bytes", "throughput_cost",
 )  # fmt: skip
 _PARTS = (
-  "full", "degraded", "zero", "goodput_fraction", "redundancy_memory",
+  "full", "degraded", "zero", "capacity", "goodput_fraction",
+  "redundancy_memory",
   "throughput_cost",
 )  # fmt: skip
 
@@ -135,7 +137,9 @@ def notes(settings: Mapping[str, Any]) -> str:
     f"{settings['trace']} ({trace}). Goodput: first token within "
     f"{settings['ttft_slo_s']:g} s, mean gap at most "
     f"{settings['tbt_slo_s']:g} s. full, degraded, zero: parts of the time of "
-    "all groups. Stalls are weighted by the requests that they stop. "
+    "all groups; capacity: its mean over the healthy one. Stalls are of "
+    "failures, pauses as planned (a rank joins, a restart brings devices "
+    "back), both weighted by the requests that they stop. "
     "redundancy_memory: part of the device memory that it fills; "
     "throughput_cost: capacity a device that it takes. "
     "Median over seeds [interval: the range below 5 seeds, else 95% bootstrap]."

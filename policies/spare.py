@@ -16,6 +16,7 @@ def make(
   ready: str = "singles",
   host_weights: bool = True,
   drain_stragglers: bool = False,
+  rearm: bool = False,
 ) -> RecoveryPolicy:
   """A spare, nearest tier, prefill again."""
   return axes.compose(
@@ -24,4 +25,5 @@ def make(
     axes.nearest(host_weights),
     axes.re_prefill(),
     drain_stragglers=drain_stragglers,
+    rearm=rearm,
   )

@@ -90,11 +90,11 @@ def compose(
       plan = _recover(view, expert, ranks, experts, requests)
       failure = RanksLost((failure.attention,))
       if isinstance(plan, Plan):
-        return _rearmed(view, plan, rearm and not ranks.restart)
+        return _rearmed(view, plan, ranks, rearm)
     plan = _recover(view, failure, ranks, experts, requests)
     if isinstance(plan, Infeasible):
       return plan
-    return _rearmed(view, plan, rearm and not ranks.restart)
+    return _rearmed(view, plan, ranks, rearm)
 
   return RecoveryPolicy(
     name=name,
@@ -107,12 +107,15 @@ def compose(
   )
 
 
-def _rearmed(view: ClusterView, plan: Plan, rearm: bool) -> Plan:
+def _rearmed(
+  view: ClusterView, plan: Plan, ranks: Ranks, rearm: bool
+) -> Plan:
   """The plan, and behind it the meshes of the next single losses."""
-  if not rearm:
+  if not rearm or ranks.restart:
     return plan
   after = advance_all(view, plan.resume + plan.repair)
-  return Plan(plan.resume, plan.repair + next_meshes(after), plan.paused)
+  made = next_meshes(after, ranks.spares > 0)
+  return Plan(plan.resume, plan.repair + made, plan.paused)
 
 
 def _standing(

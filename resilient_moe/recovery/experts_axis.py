@@ -16,6 +16,8 @@ from resilient_moe.recovery.rescue import (
   lost_experts,
   replicate,
   retable,
+  serve_again,
+  serving_slots,
 )
 from resilient_moe.recovery.view import ClusterView, Role
 
@@ -61,13 +63,14 @@ def replicas(
 
   def repair(view: ClusterView) -> Actions:
     wanted = np.sort(extra_copies(view.n_experts, extra(view), load))
-    moves = replicate(view, wanted)
-    copies = copies_from(view, moves)
-    if not moves or isinstance(copies, str):
-      return ()
     if shadows:
-      return copies
-    return (*copies, act.RemapExperts(retable(view, moves)))
+      copies = copies_from(view, replicate(view, wanted))
+      return () if isinstance(copies, str) else copies
+    moves, promoted = serve_again(view, wanted)
+    copies = copies_from(view, moves)
+    if isinstance(copies, str) or not moves + promoted:
+      return ()
+    return (*copies, act.RemapExperts(retable(view, moves + promoted)))
 
   def resume(view: ClusterView) -> Actions | Infeasible:
     lost = len(lost_experts(view))
@@ -113,7 +116,8 @@ def mask(
     return (*drained, act.MaskExperts(tuple(new)))
 
   def repair(view: ClusterView) -> Actions:
-    room = int((view.slots[expert_ranks(view)] < 0).sum())
+    # Shadows that growth has left make room, too.
+    room = int((~serving_slots(view)[expert_ranks(view)]).sum())
     behind = _copy_lost(view, lost_experts(view)[:room])
     return () if isinstance(behind, Infeasible) else behind
 

@@ -11,6 +11,7 @@ from resilient_moe.recovery.rescue import (
   copies_from,
   lost_experts,
   retable,
+  serving_slots,
 )
 from resilient_moe.recovery.semantics import advance, advance_all, lose
 from resilient_moe.recovery.view import (
@@ -33,7 +34,7 @@ def regrow(
   run before anybody joins, so none of them may read from who is coming.
   """
   coming = _coming(view)
-  actions = grow(view)
+  actions = grow(view, refill)
   grown = advance_all(view, actions)
   back = back_to_attention(grown, view)
   actions, grown = actions + back, advance_all(grown, back)
@@ -60,22 +61,43 @@ def _coming(view: ClusterView) -> list[int]:
   return np.sort(launched[away[launched]]).tolist()
 
 
-def grow(view: ClusterView) -> Actions:
+def grow(
+  view: ClusterView, refill: Callable[[ClusterView], Actions]
+) -> Actions:
   """Brings every lost launched rank back, in the role it was started in.
 
-  They are launched, receive an even share of the experts (read from those who
-  serve now), join the mesh, and only then serve them. The old slots keep the
-  weights as shadows.
+  They are launched, receive what `refill` would serve from them and then an
+  even share of the experts (read from those who serve now), join the mesh, and
+  only then serve. The old slots keep the weights as shadows.
   """
   coming = _coming(view)
   lost = [r for r in coming if view.status[r] == Status.LOST]
   launch = tuple(act.LaunchRank(r) for r in lost)
   join = tuple(act.Rejoin(r) for r in coming)
-  moves, table = _shares(view, coming)
-  copies = copies_from(view, moves)
-  if not moves or isinstance(copies, str):
+  if not coming:
+    return ()
+  filled, added = _refilled(advance_all(view, launch + join), refill)
+  moves, table = _shares(view, filled, coming)
+  copies = copies_from(view, added + moves)
+  same = np.array_equal(table.entries, view.table.entries)
+  if isinstance(copies, str) or same:
     return launch + join
   return (*launch, *copies, *join, act.RemapExperts(table))
+
+
+def _refilled(
+  joined: ClusterView, refill: Callable[[ClusterView], Actions]
+) -> tuple[ClusterView, tuple[act.Move, ...]]:
+  """`joined` with what `refill` serves from it, and the moves of that.
+
+  Copies that are not to serve come later: a donor's old slot may do for them.
+  """
+  actions = refill(joined)
+  if not any(isinstance(action, act.RemapExperts) for action in actions):
+    return joined, ()
+  copies = (a for a in actions if isinstance(a, act.CopyExperts))
+  moves = tuple(move for action in copies for move in action.moves)
+  return advance_all(joined, actions), moves
 
 
 def _switched(view: ClusterView) -> np.ndarray:
@@ -133,52 +155,86 @@ def _served_slots(view: ClusterView, moves: tuple[act.Move, ...]) -> bool:
 
 
 def _shares(
-  view: ClusterView, coming: list[int]
+  view: ClusterView, filled: ClusterView, coming: list[int]
 ) -> tuple[tuple[act.Move, ...], RoutingTable]:
   """Experts for the `coming` ranks, from who serves most, and the new table.
 
-  Ranks that switched to experts give theirs first, as many as there is room.
+  `filled` is `view` with them in its mesh and what they serve already. Ranks
+  that switched to experts give theirs first, as many as there is room.
   """
-  entries = view.table.entries.copy()
+  entries = filled.table.entries.copy()
   served = np.bincount(
     entries[:, :, 0][entries[:, :, 0] >= 0], minlength=len(view.status)
   )
-  coming = [r for r in coming if view.home[r] != Role.ATTENTION]
-  holders, switched = expert_ranks(view), _switched(view)
-  stay = int((~switched[holders]).sum()) + len(coming)
-  even = int(served.sum()) // (stay or 1)
+  first = _switched(view) * (served.sum() + 1)
+  holders = [r for r in coming if view.home[r] != Role.ATTENTION]
+  room = {rank: _room(filled, rank) for rank in holders}
   moves: list[act.Move] = []
-  for slot in range(view.slots_per_rank):
-    for rank in coming:
-      early = switched[holders] & (served[holders] > 0)
-      if slot >= even and not early.any():
-        break
-      order = served[holders] + early * (served.sum() + 1)
-      donor = holders[order.argmax()]
-      hers = (entries[:, :, 0] == donor) & ~_on(entries, rank)[:, None]
-      if not hers.any():
-        continue
-      expert, copy = np.argwhere(hers)[-1]
-      moves.append(act.Move(int(expert), rank, slot))
-      entries[expert, copy] = rank, slot
-      served[donor] -= 1
+  while room:
+    rank = min(room, key=lambda r: int(served[r]))
+    wishes = np.where(served > 0, served + first, 0)
+    found = _gift(view, entries, wishes, rank) if room[rank] else None
+    if found is None:
+      del room[rank]
+      continue
+    expert, copy = found
+    served[entries[expert, copy, 0]] -= 1
+    served[rank] += 1
+    entries[expert, copy] = rank, room[rank].pop(0)
+    moves.append(act.Move(expert, rank, int(entries[expert, copy, 1])))
   entries.setflags(write=False)
   return tuple(moves), RoutingTable(entries)
 
 
-def _on(entries: np.ndarray, rank: int) -> np.ndarray:
-  """Experts that have a copy on `rank` already, [E] bool."""
-  return (entries[:, :, 0] == rank).any(axis=1)
+def _room(view: ClusterView, rank: int) -> list[int]:
+  """Slots of a rank that don't serve, the empty ones first."""
+  free = np.flatnonzero(~serving_slots(view)[rank])
+  shadow = view.slots[rank, free] >= 0
+  return free[np.argsort(shadow, kind="stable")].tolist()
 
 
-def next_meshes(view: ClusterView) -> tuple[act.Action, ...]:
+def _gift(
+  view: ClusterView, entries: np.ndarray, wishes: np.ndarray, rank: int
+) -> tuple[int, int] | None:
+  """The (expert, copy) that `rank` takes over next; None: it has its share.
+
+  From who in the mesh of `view` has the largest of `wishes` [N] to give: one
+  whose other copies are on other hosts than `rank`, if there is any.
+  """
+  on = entries[:, :, 0]
+  mine = (on == rank).any(axis=1, keepdims=True)
+  near = (on >= 0) & (view.host[on] == view.host[rank])
+  beside = near.sum(axis=1, keepdims=True) > near
+  donors = expert_ranks(view)
+  left, second = wishes[donors], None
+  while len(left) and left.max() > wishes[rank] + 1:
+    at = int(left.argmax())
+    hers = (on == donors[at]) & ~mine
+    apart = hers & ~beside
+    if apart.any():
+      expert, copy = np.argwhere(apart)[-1]
+      return int(expert), int(copy)
+    if second is None and hers.any():
+      second = np.argwhere(hers)[-1]
+    left[at] = 0
+  return None if second is None else (int(second[0]), int(second[1]))
+
+
+def next_meshes(
+  view: ClusterView, spares: bool = False
+) -> tuple[act.Action, ...]:
   """Makes the meshes of the next single losses ready, unless they are.
 
+  `spares`: the first spare that stands by takes the place of who is lost.
   Where roles are apart no program belongs to a mesh.
   """
   if view.disaggregated:
     return ()
   mesh = view.mesh.tolist()
-  names = [absent(view.launched, [m for m in mesh if m != r]) for r in mesh]
+  stand_by = np.flatnonzero(view.status == Status.SPARE).tolist()
+  joins = stand_by[:1] if spares else []
+  names = [
+    absent(view.launched, [*(m for m in mesh if m != r), *joins]) for r in mesh
+  ]
   wanted = [n for n in names if n not in view.ready and len(mesh) > 1]
   return tuple(act.FetchExecutable(name) for name in wanted)

@@ -6,7 +6,6 @@ another rack when there are several, else another host, else another rank.
 What to do after a loss is in `rescue.py`.
 """
 
-import itertools
 
 import numpy as np
 
@@ -190,16 +189,25 @@ def _swap_in(
   """
   empty = ranks[(slots[ranks] < 0).any(axis=1)]
   holders = ranks[(slots[ranks] == expert).any(axis=1)]
-  extras = zip(*np.nonzero((slots >= 0) & ~first), strict=True)
-  for (rank, slot), other in itertools.product(extras, empty):
-    moved = slots[rank, slot]
-    if moved == expert or rank in holders or moved in slots[other]:
-      continue
-    at = ranks[(slots[ranks] == moved).any(axis=1)]
-    at = np.append(at[at != rank], other)
-    mine = np.append(holders, rank)
-    if spread_out(view, at, ranks) and spread_out(view, mine, ranks):
+  at, slot = np.nonzero((slots >= 0) & ~first)
+  domain = _widest(view, ranks)
+  good = _apart(domain[holders], domain[at])
+  good &= ~np.isin(at, holders) & (slots[at, slot] != expert)
+  for rank, seat in zip(at[good].tolist(), slot[good].tolist(), strict=True):
+    moved = slots[rank, seat]
+    others = ranks[(slots[ranks] == moved).any(axis=1)]
+    fits = _apart(domain[others[others != rank]], domain[empty])
+    fits &= ~(slots[empty] == moved).any(axis=1)
+    if fits.any():
+      other = empty[fits.argmax()]
       slots[other, (slots[other] < 0).argmax()] = moved
-      slots[rank, slot] = expert
+      slots[rank, seat] = expert
       return True
   return False
+
+
+def _apart(held: np.ndarray, new: np.ndarray) -> np.ndarray:
+  """Whether domains `held` [.] and one of `new` [n] are several, [n] bool."""
+  if len(held) and (held != held[0]).any():
+    return np.ones(len(new), bool)
+  return new != held[0] if len(held) else np.zeros(len(new), bool)

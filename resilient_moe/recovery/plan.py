@@ -7,6 +7,7 @@ actions are listed. A plan is never resumed, only replaced.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -32,18 +33,22 @@ class Plan:
   paused: tuple[str, ...] = ()  # request ids that wait for `resume`
 
 
-def _before(first: Action, second: Action) -> bool:
-  """True if `first`, listed before `second`, must also run before it."""
-  return bool(first.writes & (second.reads | second.writes))
+Resources = frozenset[str]
 
 
-def _swapped(first: Action, second: Action) -> bool:
-  """True if `second`, listed after `first`, must run before it.
+@functools.cache
+def _order(
+  reads: Resources, writes: Resources, later_reads: Resources,
+  later_writes: Resources,
+) -> tuple[bool, bool]:  # fmt: skip
+  """Of two actions, one listed before the other: first, second must be first.
 
-  Of two writers of one resource the listed order decides, so what both write
-  is left out here.
+  The first if it writes what the other uses; the second if it writes what the
+  first reads. Of two writers of one resource the listed order decides, so what
+  both write is left out of the latter.
   """
-  return bool((second.writes - first.writes) & first.reads)
+  first = bool(writes & (later_reads | later_writes))
+  return first, bool((later_writes - writes) & reads)
 
 
 def ordered(part: tuple[Action, ...]) -> tuple[Action, ...]:
@@ -52,20 +57,22 @@ def ordered(part: tuple[Action, ...]) -> tuple[Action, ...]:
   Raises:
     ValueError: the actions wait for each other in a circle.
   """
-  n = len(part)
-  waits: list[set[int]] = [set() for _ in range(n)]
-  for i, j in itertools.combinations(range(n), 2):
-    if _before(part[i], part[j]):
+  uses = [(action.reads, action.writes) for action in part]
+  waits: list[set[int]] = [set() for _ in part]
+  for i, j in itertools.combinations(range(len(part)), 2):
+    before, swapped = _order(*uses[i], *uses[j])
+    if before:
       waits[j].add(i)
-    if _swapped(part[i], part[j]):
+    if swapped:
       waits[i].add(j)
-  order: list[int] = []
-  while len(order) < n:
-    free = (i for i in range(n) if i not in order and waits[i] <= set(order))
-    chosen = next(free, None)
+  left, done, order = list(range(len(part))), set[int](), list[int]()
+  while left:
+    chosen = next((i for i in left if waits[i] <= done), None)
     if chosen is None:
-      rest = [type(a).__name__ for i, a in enumerate(part) if i not in order]
+      rest = [type(part[i]).__name__ for i in left]
       raise IllegalPlan(f"these actions wait for each other: {', '.join(rest)}")
+    left.remove(chosen)
+    done.add(chosen)
     order.append(chosen)
   return tuple(part[i] for i in order)
 

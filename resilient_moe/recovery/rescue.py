@@ -30,6 +30,10 @@ def lost_experts(view: ClusterView) -> np.ndarray:
 
 def nearest_tier(view: ClusterView, expert: int) -> tuple[Tier, int] | None:
   """Where the weights of `expert` are nearest, and the peer (else -1)."""
+  serving = view.table.entries[expert, :, 0]
+  for rank in serving[serving >= 0].tolist():  # a shadow may be overwritten
+    if view.alive()[rank] and expert in view.slots[rank]:
+      return Tier.PEER, rank
   holders = np.flatnonzero((view.slots == expert).any(axis=1) & view.alive())
   if len(holders):
     return Tier.PEER, int(holders[0])
@@ -84,11 +88,7 @@ def _surplus(
 ) -> list[tuple[int, int]]:
   """Up to `n` (position, slot) whose expert has another copy in the mesh."""
   copies = held_copies(view)
-  entries = view.table.entries.reshape(-1, 2)
-  entries = entries[entries[:, 0] >= 0]
-  serves = np.zeros(view.slots.shape, bool)
-  serves[entries[:, 0], entries[:, 1]] = True
-  serves, used = serves[ranks], np.zeros(grid.shape, bool)
+  serves, used = serving_slots(view)[ranks], np.zeros(grid.shape, bool)
   taken = np.zeros(len(ranks), np.int64)
   places: list[tuple[int, int]] = []
   while len(places) < n and copies.max() > 1:
@@ -125,6 +125,43 @@ def replicate(
       slots[rank, slot] = expert
       moves.append(Move(expert, rank, slot))
   return tuple(moves)
+
+
+def serve_again(
+  view: ClusterView, experts: np.ndarray, copies: int = 2
+) -> tuple[tuple[Move, ...], tuple[Move, ...]]:
+  """What has `experts` served `copies` times each: moves, and promotions.
+
+  As `replicate`, but a shadow doesn't count: it is promoted (no bytes move)
+  where its rank is the best, and its slot is room for others. So growth, whose
+  donors keep shadows, never uses the room up.
+  """
+  serves, ranks = serving_slots(view), expert_ranks(view)
+  slots = np.where(serves, view.slots, -1)
+  served, wanted = view.table.copies(), np.asarray(experts)
+  moves, promoted = list[Move](), list[Move]()
+  for expert in wanted[served[wanted] < copies].tolist():
+    for _ in range(copies - int(served[expert])):
+      rank = best_rank(view, slots, expert, ranks)
+      if rank < 0:
+        break
+      held, free = view.slots[rank], slots[rank] < 0
+      shadows = np.flatnonzero(free & (held == expert))
+      empty = np.flatnonzero(free & (held < 0))
+      choice = next(c for c in (shadows, empty, np.flatnonzero(free)) if len(c))
+      slot = int(choice[0])
+      slots[rank, slot] = expert
+      (promoted if len(shadows) else moves).append(Move(expert, rank, slot))
+  return tuple(moves), tuple(promoted)
+
+
+def serving_slots(view: ClusterView) -> np.ndarray:
+  """Slots that the table routes to, [N, S] bool."""
+  entries = view.table.entries.reshape(-1, 2)
+  entries = entries[entries[:, 0] >= 0]
+  serves = np.zeros(view.slots.shape, bool)
+  serves[entries[:, 0], entries[:, 1]] = True
+  return serves
 
 
 def copies_from(

@@ -133,7 +133,7 @@ class SimulatedBackend:
     seconds = self.timing.step_s(batch, self.facts) * slowest
     if self._resumed:
       self._resumed = False
-      seconds += self.timing.after_resume_s(self.facts)
+      seconds += self.timing.after_resume_s(batch)
     return seconds
 
   def _end_at(self, flight: Flight, when_s: float) -> None:

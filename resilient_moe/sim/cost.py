@@ -236,6 +236,11 @@ class Roofline:
     """An action carried out from `view`: seconds, bytes moved."""
     return cost_actions.price(self, action, view)
 
+  def prefill_part_s(self, action: Action, view: ClusterView) -> float:
+    """Of these seconds, those in which requests are prefilled again."""
+    stages = cost_actions.stages(self, action, view)
+    return sum(s.seconds for s in stages if s.name == cost_actions.PREFILL)
+
   def price_plan(self, plan: Plan, view: ClusterView) -> PlanPrice:
     """As `recovery.price_plan`, with links instead of one rate a tier."""
     by_action: list[tuple[Action, Cost]] = []

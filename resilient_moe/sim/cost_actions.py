@@ -34,6 +34,9 @@ if TYPE_CHECKING:
   from resilient_moe.sim.cost import Roofline
 
 
+PREFILL = "prefill"  # the stage that steps do, beside what decodes
+
+
 class Stage(NamedTuple):
   """One part of an action."""
 
@@ -111,7 +114,7 @@ def _prefill(
   model: "Roofline", view: ClusterView, to: np.ndarray, tokens: np.ndarray
 ) -> Stages:
   took = model.prefill_s(view, to, tokens)
-  return (Stage("prefill", took),) if took else ()
+  return (Stage(PREFILL, took),) if took else ()
 
 
 def _restore(

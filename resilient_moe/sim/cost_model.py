@@ -94,3 +94,6 @@ class Costs(Protocol):
     A `RecomputePrefix` is charged its whole prefill here; a backend that
     steps through the chunks itself must not add it again.
     """
+
+  def prefill_part_s(self, action: Action, view: ClusterView) -> float:
+    """Of these seconds, those in which requests are prefilled again."""

@@ -51,7 +51,7 @@ def fit(runs: Sequence[list[Event]], machine: str) -> Fitted:
       "ranges": _ranges(samples),
     },
     decode=decode, prefill=prefill, turn_s=turn_s,
-    after_resume=_after_resume(runs, decode, prefill),
+    after_resume=_after_resume(runs, (decode, prefill)),
     actions=_actions(runs, turn_s),
     plan=_plans(runs), detect=_detect(runs, turn_s),
     struck=_struck(runs, runtime, turn_s), behind=runtime == "process",
@@ -139,10 +139,13 @@ def _turn_s(runs: Sequence[list[Event]]) -> float:
 
 
 def _after_resume(
-  runs: Sequence[list[Event]], decode: StepFit, prefill: StepFit
-) -> float:
-  """How much longer the first step behind a recovery takes."""
-  extra = []
+  runs: Sequence[list[Event]], lines: tuple[StepFit, StepFit]
+) -> tuple[float, float]:
+  """How much longer the first step behind a recovery takes.
+
+  Without a prompt chunk and with one; where only one of them was seen, both.
+  """
+  extra: tuple[list[float], list[float]] = ([], [])
   for events in runs:
     ranks, first = 0, False
     for e in events:
@@ -153,12 +156,15 @@ def _after_resume(
       elif e["event"] == "resumed":
         first = True
       elif e["event"] == "step" and first:
-        line = prefill if e["bucket"] else decode
+        chunked = bool(e["bucket"])
         members = len(e.get("domain", ())) or ranks
-        usual = line.seconds(members, len(e["emitted"]), e["prefill_tokens"])
-        extra.append(e["seconds"] - usual)
+        usual = lines[chunked].seconds(
+          members, len(e["emitted"]), e["prefill_tokens"]
+        )
+        extra[chunked].append(e["seconds"] - usual)
         first = False
-  return median(extra)
+  known = [median(each or [*extra[0], *extra[1]]) for each in extra]
+  return known[0], known[1]
 
 
 # -- recoveries

@@ -51,6 +51,8 @@ class Fitted:
   Attributes:
     about: what was fitted: runtime, runs, steps, and the ranges (`note`).
     decode, prefill: steps without and with a prompt chunk.
+    after_resume: what the first step behind a recovery takes longer, without
+      and with a prompt chunk.
     actions: by NAME or NAME/KIND, where a kind is a tier or where programs
       come from; "*": any other.
     plan: by policy; "*": any other.
@@ -63,7 +65,7 @@ class Fitted:
   decode: StepFit
   prefill: StepFit
   turn_s: float
-  after_resume: float
+  after_resume: tuple[float, float]
   actions: Mapping[str, ActionFit]
   plan: Mapping[str, float]
   detect: Mapping[str, tuple[float, ...]]
@@ -85,21 +87,25 @@ class Fitted:
     )
     runs = f"{a['runs']} {a['runtime']} runs, {a['deployment']}"
     seen = f"{a['steps']} steps, {a['faults']} faults"
-    held_out = a.get("held_out_error", {}).items()
-    off = ", ".join(f"{name} {error:.0%}" for name, error in held_out)
+    off = a.get("held_out_error", {})
+    in_steps = a.get("held_out_error_in_steps", {})
     text = f"calibrated on {runs} ({seen}) of {a['machine']}: {ranges}"
-    # Scaled by each run's step time before its fault: an easier test than
-    # plain seconds (`experiments.calibrate` prints both).
-    where = "; median error on held-out runs, in their own steps"
-    return text + (f"{where}: {off}" if off else "")
+    if not off:
+      return text
+    said = ", ".join(
+      f"{name} {error:.0%} ({in_steps[name]:.0%} in steps)"
+      if name in in_steps else f"{name} {error:.0%}"
+      for name, error in off.items()
+    )  # fmt: skip
+    return f"{text}; median error on held-out runs: {said}"
 
   def step_s(self, batch: StepBatch, view: ClusterView) -> float:
     fit = self.prefill if batch.chunks else self.decode
     rows, tokens = len(batch.rows), batch.prefill_tokens
     return fit.seconds(len(batch.mesh), rows, tokens)
 
-  def after_resume_s(self, view: ClusterView) -> float:
-    return self.after_resume
+  def after_resume_s(self, batch: StepBatch) -> float:
+    return self.after_resume[bool(batch.chunks)]
 
   def action(
     self, action: act.Action, view: ClusterView, placed: tuple[Placed, ...]
@@ -199,6 +205,7 @@ class Fitted:
       **fields,
       "decode": StepFit(**fields["decode"]),
       "prefill": StepFit(**fields["prefill"]),
+      "after_resume": tuple(map(float, fields["after_resume"])),
       "actions": {n: ActionFit(**f) for n, f in fields["actions"].items()},
       "detect": {n: tuple(d) for n, d in fields["detect"].items()},
       "starts": {

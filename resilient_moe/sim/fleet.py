@@ -68,7 +68,7 @@ class Study:
   patience_s: float = 60.0  # clients that wait for longer leave
   detect_s: float = 1.0
   straggler_s: float = 60.0
-  restart_part: float = 0.05
+  restart_part: float = 0.0
 
   def __post_init__(self) -> None:
     for name, low in (
@@ -177,6 +177,7 @@ def simulate(
     total.add(group.run(strikes, faults.slows.get(number, []), until_s))
   quiet = study.groups - len(faults.struck)
   total.full_s += quiet * until_s
+  total.capacity_s += quiet * until_s
   assert first.healthy is not None
   total.counts.add(first.healthy.total, quiet)
   total.records.sort(key=lambda r: (r["t_s"], r["group"]))
@@ -237,10 +238,11 @@ def _sample(
   devices = study.groups * (study.ranks + policy.spares)
   on_device, on_host = extra_bytes(prepared, study.memory, study.shape)
   each = service.capacity / (study.ranks + policy.spares)
-  steps = prompt_steps(load, study.shape.chunk)
   running = service.running(study.utilisation * plain)
-  prefill_s = service.first_token_s(running, steps)
-  stalls = tally.stalls
+  prefill_s = service.first_token_s(
+    running, np.ceil(load.context / study.shape.chunk)
+  )
+  stalls, pauses = tally.stalls, tally.pauses
   return {
     "policy": policy.name,
     "devices": study.devices,
@@ -250,6 +252,7 @@ def _sample(
     "full": tally.full_s / whole_s,
     "degraded": tally.degraded_s / whole_s,
     "zero": tally.zero_s / whole_s,
+    "capacity": tally.capacity_s / whole_s,
     "goodput_tokens_per_s": good / span_s,
     "offered_tokens_per_s": asked / span_s,
     "goodput_fraction": good / asked if asked else 1.0,
@@ -260,10 +263,13 @@ def _sample(
     "tokens_recomputed": tally.tokens_recomputed,
     "stall_p50_s": weighted(stalls, 0.5),
     "stall_p99_s": weighted(stalls, 0.99),
+    "pause_p50_s": weighted(pauses, 0.5),
+    "pause_p99_s": weighted(pauses, 0.99),
+    "paused_requests": sum(requests for _, requests in pauses),
     "stalled_requests": sum(requests for _, requests in stalls),
-    "ttft_p50_s": counts.wait_s(0.5) + prefill_s,
-    "ttft_p99_s": counts.wait_s(0.99) + prefill_s,
-    "ttft_p999_s": counts.wait_s(0.999) + prefill_s,
+    "ttft_p50_s": counts.wait_s(0.5, prefill_s),
+    "ttft_p99_s": counts.wait_s(0.99, prefill_s),
+    "ttft_p999_s": counts.wait_s(0.999, prefill_s),
     "failures": tally.failures,
     "ranks_lost": tally.ranks_lost,
     "plans": tally.plans,

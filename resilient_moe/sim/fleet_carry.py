@@ -8,6 +8,8 @@ else is done one after the other, as the runtimes do it.
 import collections
 import dataclasses
 
+import numpy as np
+
 from resilient_moe.recovery import actions as act
 from resilient_moe.recovery.checks import servable
 from resilient_moe.recovery.effects import lose
@@ -18,6 +20,7 @@ from resilient_moe.sim import fleet_actions
 from resilient_moe.sim.fleet_world import World
 
 _PAUSES = (act.Rejoin, act.RestartInstance)
+_PREFILLING = (act.RecomputePrefix, act.RestoreKV, act.RestartInstance)
 
 
 @dataclasses.dataclass
@@ -56,6 +59,7 @@ class Carrier:
     """Takes a plan; its requests stop until it has resumed."""
     world = self._world
     world.tally.plans += 1
+    world.turns.clear()
     self.restarting |= restarts(plan)
     running = int((world.view.requests.rank >= 0).sum())
     share = 1 - len(plan.paused) / running if running else 0.0
@@ -132,7 +136,26 @@ class Carrier:
         pause = costs.price(action, world.view)
         return _Doing(part, None, t, t + max(cost.seconds - pause.seconds, 0))
     pauses = part == "repair" and isinstance(action, _PAUSES)
-    return _Doing(part, action, t, t + cost.seconds, cost.bytes, pauses)
+    end_s = t + cost.seconds - self._prefilled_again(part, action)
+    return _Doing(part, action, t, end_s, cost.bytes, pauses)
+
+  def _prefilled_again(self, part: str, action: act.Action) -> float:
+    """Seconds of an action of `resume` that service needn't wait for.
+
+    Steps prefill who lost its KV beside those who decode, a rank's prompts
+    one after the other. Behind a restart nobody is left to decode.
+    """
+    world = self._world
+    if part != "resume" or not isinstance(action, _PREFILLING):
+      return 0.0
+    late_s = world.setting.costs.prefill_part_s(action, world.view)
+    if isinstance(action, act.RestartInstance):
+      requests = len(world.view.requests.rank)
+      world.wait_in_turn(requests, requests / len(action.ranks), late_s, True)
+      return 0.0
+    most = np.bincount(action.to).max(initial=0)
+    world.wait_in_turn(len(action.requests), most, late_s)
+    return late_s
 
   def _finish(self, doing: _Doing, action: act.Action) -> None:
     """The action has been carried out."""
@@ -148,7 +171,7 @@ class Carrier:
     if isinstance(action, act.Rejoin):
       self._started.pop(action.rank, None)
     if doing.pauses:
-      world.stall(doing.end_s - doing.start_s, world.running())
+      world.stall(doing.end_s - doing.start_s, world.running(), planned=True)
     if doing.part == "resume" and (
       not self._todo or self._todo[0][0] != "resume"
     ):

@@ -24,6 +24,7 @@ import numpy as np
 from resilient_moe.recovery import actions as act
 from resilient_moe.recovery.effects import lose, sealed
 from resilient_moe.recovery.failures import RanksLost, Straggler
+from resilient_moe.recovery.growth import next_meshes
 from resilient_moe.recovery.packing import slots_needed
 from resilient_moe.recovery.plan import Plan
 from resilient_moe.recovery.policy import Infeasible, RecoveryPolicy
@@ -32,7 +33,7 @@ from resilient_moe.sim.fleet_carry import Carrier, restarts
 from resilient_moe.sim.fleet_faults import Slow, Strike
 from resilient_moe.sim.fleet_setting import Setting, Template
 from resilient_moe.sim.fleet_tally import Tally
-from resilient_moe.sim.fleet_world import World
+from resilient_moe.sim.fleet_world import RETURN, World
 
 
 class Group:
@@ -110,6 +111,8 @@ class Group:
     world.tally.ranks_lost += len(there)
     if not world.record:
       world.begin_record(strike.domain)
+    elif world.record.get("cause") == RETURN:  # no longer as planned
+      world.record["cause"] = strike.domain
     world.record["ranks"] = world.record["ranks"] + there
     serve = [r for r in there if status[r] == Status.SERVING]
     if serve:
@@ -164,6 +167,8 @@ class Group:
   def _recover(self, failure: RanksLost) -> None:
     world, again = self._world, self._carrier.restarting
     self._lost.clear()
+    if world.stopped_s is None:  # plans are made for who runs now
+      world.seat()
     if again:  # what was starting has no plan but to start again
       self._restart_whole()
       return
@@ -178,8 +183,6 @@ class Group:
       self._restart_whole()
       return
     world.view = left
-    if world.stopped_s is None:
-      world.seat()
     self._carrier.begin(plan)
 
   def _plan(
@@ -232,7 +235,7 @@ class Group:
       self._stand_by(idle)
     elif len(idle) >= self._setting.restart_part * len(view.launched):
       world.tally.planned_restarts += 1
-      world.begin_record("return")
+      world.begin_record(RETURN)
       self._restart_whole()
 
   def _stand_by(self, ranks: list[int]) -> None:
@@ -246,9 +249,14 @@ class Group:
       ready = frozenset(
         n for n in ready if (rank in n if first else ~rank not in n)
       )
-    self._world.view = dataclasses.replace(
+    world = self._world
+    world.view = dataclasses.replace(
       view, status=sealed(status, np.int8), ready=ready
     )
+    if self._setting.policy.spares:  # which it needs programs for
+      made = next_meshes(world.view, spares=True)
+      world.begin_record(RETURN)
+      self._carrier.begin(Plan((), made, ()))
 
   def _restart_whole(self) -> None:
     """Every device that is there starts afresh; down, if they are too few."""

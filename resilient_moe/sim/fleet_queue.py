@@ -56,13 +56,30 @@ class Counts:
       mine, theirs = getattr(self, field.name), getattr(other, field.name)
       setattr(self, field.name, mine + times * theirs)
 
-  def wait_s(self, quantile: float) -> float:
-    """What this part of the started requests waited at most."""
-    wanted = quantile * self.started - self.at_once
-    if wanted <= 0 or not self.started:
+  def within(self, seconds: np.ndarray) -> np.ndarray:
+    """Part of the started requests that waited at most `seconds` [.], [.]."""
+    times, waits = np.append(0.0, EDGES_S), np.append(0.0, self.waits)
+    below = self.at_once + np.interp(seconds, times, waits)
+    return np.where(seconds >= 0, below / max(self.started, _NOBODY), 0.0)
+
+  def wait_s(self, quantile: float, own_s: np.ndarray | None = None) -> float:
+    """What this part of the started requests waited at most.
+
+    `own_s` [n]: what requests take besides, each as likely, whatever they
+    waited; of wait and that together.
+    """
+    own, times = np.unique(
+      np.zeros(1) if own_s is None else own_s, return_counts=True
+    )
+    share = times / times.sum()
+    low, high = 0.0, float(EDGES_S[-1] + own[-1])
+    if not self.started or self.within(low - own) @ share >= quantile:
       return 0.0
-    at = int(np.searchsorted(self.waits, wanted * (1 - 1e-12)))
-    return float(EDGES_S[min(at, len(EDGES_S) - 1)])
+    while high - low > 1e-4 * low + 1e-6:
+      middle = (low + high) / 2
+      enough = self.within(middle - own) @ share >= quantile
+      low, high = (low, middle) if enough else (middle, high)
+    return high
 
 
 def count_waits(

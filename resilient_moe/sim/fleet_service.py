@@ -13,6 +13,7 @@ more than one request in s steps can start.
 """
 
 import dataclasses
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from resilient_moe.sim.cost_model import Costs, StepLoad
 
 _POINTS = 7  # of the line over n; it is smooth
 _LEAST = 0.1  # rows of a rank, on the mean of many
+
+
+Steps = TypeVar("Steps", float, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Service:
     """Seconds of a step with `rows` a rank: the gap between two tokens."""
     return float(np.interp(rows, self.rows, self.step_s)) * self.slowdown
 
-  def first_token_s(self, rows: float, steps: float) -> float:
+  def first_token_s(self, rows: float, steps: Steps) -> Steps:
     """From a row to the first token: half a step, then its prompt's `steps`."""
     filling_s = float(np.interp(rows, self.rows, self.filling_s))
     return (steps + 0.5) * filling_s * self.slowdown

@@ -74,7 +74,7 @@ class Setting:
   detect_s: float  # a loss is reported after
   straggler_s: float  # a slow rank is reported after
   cold: bool = False  # restarts compile
-  restart_part: float = 0.05  # of a group: idle devices worth a restart
+  restart_part: float = 0.0  # of a group: idle devices worth a restart
 
   def rows(self, view: ClusterView, slots: int, standing: Standing) -> int:
     """Rows of a rank whose experts fill `slots`."""

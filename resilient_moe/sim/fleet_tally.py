@@ -15,6 +15,7 @@ class Tally:
   full_s: float = 0.0
   degraded_s: float = 0.0
   zero_s: float = 0.0
+  capacity_s: float = 0.0  # times the part of the healthy capacity
   failures: int = 0  # reported losses of ranks
   ranks_lost: int = 0
   plans: int = 0
@@ -32,7 +33,9 @@ class Tally:
   late_tokens: float = 0.0
   counts: Counts = dataclasses.field(default_factory=Counts)
   stalls: list[tuple[float, float]] = dataclasses.field(default_factory=list)
-  # (seconds, requests that it stopped)
+  # (seconds, requests that it stopped), by failures
+  pauses: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+  # likewise, as was planned: who joins, and restarts that bring devices back
   records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
   def add(self, other: "Tally") -> None:
@@ -48,6 +51,7 @@ class Tally:
 
   def pass_s(self, seconds: float, capacity: float, healthy: float) -> None:
     """So many seconds went by at this capacity."""
+    self.capacity_s += seconds * min(max(capacity, 0.0) / healthy, 1.0)
     if capacity <= 0:
       self.zero_s += seconds
     elif capacity >= FULL * healthy:

@@ -19,6 +19,8 @@ from resilient_moe.sim.fleet_service import Service
 from resilient_moe.sim.fleet_setting import Setting, Template
 from resilient_moe.sim.fleet_tally import Tally
 
+RETURN = "return"  # the cause of a restart that brings devices back
+_TURNS = 4  # stalls that stand for those of requests that go on in turn
 _SAME = 1e-3  # capacities that differ by less are one
 
 
@@ -44,6 +46,8 @@ class World:
     self.stopped_s: float | None = None  # since when requests are stopped
     self.stopped = 0.0  # requests
     self.share = 1.0  # of the capacity that serves on meanwhile
+    # Who waits for longer than the others (or less, below 0): requests, s.
+    self.turns: list[tuple[float, float]] = []
     self._rng = rng
 
   def advance(self, t_s: float) -> None:
@@ -119,21 +123,44 @@ class World:
     running = len(self.view.requests.request_id)
     self.stopped = max(self.stopped, (1 - self.share) * running)
 
+  def wait_in_turn(
+    self, requests: float, turns: float, late_s: float, within: bool = False
+  ) -> None:
+    """So many of the stopped requests go on one after the other.
+
+    The last of a rank's `turns` does `late_s` after everybody else; `within`:
+    when everybody does.
+    """
+    if not requests or not late_s:
+      return
+    n = int(np.clip(round(turns), 1, _TURNS))
+    for turn in range(1, n + 1):
+      after_s = late_s * turn / n - late_s * within
+      self.turns.append((requests / n, after_s))
+
   def go_on(self) -> None:
     """Stopped requests have their next token."""
     if self.stopped_s is None:
       return
     stall_s = self.t_s - self.stopped_s
-    self.stall(stall_s, self.stopped)
+    planned = self.record.get("cause") == RETURN
+    in_turn = sum(requests for requests, _ in self.turns)
+    self.stall(stall_s, self.stopped - in_turn, planned)
+    for requests, more_s in self.turns:
+      self.stall(max(stall_s + more_s, 0.0), requests, planned)
+    self.turns.clear()
     self.record["stall_s"] = stall_s
     self.record["stopped"] = round(self.stopped)
     self.stopped_s, self.stopped, self.share = None, 0.0, 1.0
 
-  def stall(self, seconds: float, requests: float) -> None:
+  def stall(
+    self, seconds: float, requests: float, planned: bool = False
+  ) -> None:
     """So many requests had no token for so long; some are too slow now."""
     if requests <= 0:
       return
-    self.tally.stalls.append((seconds, requests))
+    kept = self.tally.pauses if planned else self.tally.stalls
+    kept.append((seconds, requests))
     step_s = self._service_now().step_at(self.rows())
     spare_s = self.setting.shape.tbt_slo_s - step_s
     # A request is too slow if its tokens are too few to make up for it.

@@ -50,7 +50,7 @@ class RooflineTiming:
   def step_s(self, batch: StepBatch, view: ClusterView) -> float:
     return self.costs.step_s(view, load_of(batch))
 
-  def after_resume_s(self, view: ClusterView) -> float:
+  def after_resume_s(self, batch: StepBatch) -> float:
     return 0.0
 
   def action(

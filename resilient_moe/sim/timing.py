@@ -47,7 +47,7 @@ class Timing(Protocol):
   def step_s(self, batch: StepBatch, view: ClusterView) -> float:
     """A step of the domain `batch.mesh`."""
 
-  def after_resume_s(self, view: ClusterView) -> float:
+  def after_resume_s(self, batch: StepBatch) -> float:
     """What the first step behind a recovery takes longer than others."""
 
   def action(

@@ -176,15 +176,18 @@ def test_a_front_leaves_out_what_costs_more_for_less():
 
 
 def test_the_closed_form_is_near_to_stepping(monkeypatch):
-  monkeypatch.setattr(fleet_check, "WINDOW_S", 60.0)
-  monkeypatch.setattr(fleet_check, "FAULT_S", 40.0)
+  monkeypatch.setattr(fleet_check, "WARM_S", 60.0)
+  monkeypatch.setattr(fleet_check, "FAULT_S", 120.0)
+  monkeypatch.setattr(fleet_check, "END_S", 180.0)
   row = fleet_check.compare("mesh_shrink", 8, 0.4, 0)
-  for name, limit in (("tokens", 0.1), ("gap_s", 0.15), ("stall_s", 0.1)):
+  for name, limit in (
+    ("tokens", 0.1), ("gap_s", 0.15), ("stall_s", 0.05), ("ttft_p90_s", 0.25),
+  ):  # fmt: skip
     stepped, closed = row[name]
     assert closed == pytest.approx(stepped, rel=limit), name
-  text, table = fleet_check.to_tables([row])
-  assert "mesh_shrink" in text
-  assert len(table.splitlines()) == 2
+  text, table = fleet_check.to_tables([row, {**row, "seed": 1}])
+  assert text.count("| mesh_shrink ") == 1
+  assert len(table.splitlines()) == 3
 
 
 def test_real_traces_are_read_where_they_are_given(study, tmp_path):

@@ -97,6 +97,7 @@ def test_calibration_finds_the_machine_it_was_shown(
 ) -> None:  # fmt: skip
   monkeypatch.setattr(SimOptions, "timing", lambda self: MACHINE)
   monkeypatch.setattr(run, "run_case", run_simulated)
+  monkeypatch.setattr(calibrate, "DRAWS", 2)
   policies = "restart_cached,mesh_shrink,kv_restore"
   flags = "--config.seeds=0,1,2", f"--config.policies={policies}"
   assert _launch(tmp_path, *flags) == 0
@@ -113,7 +114,9 @@ def test_calibration_finds_the_machine_it_was_shown(
   assert _fitted(tmp_path, "--cross=policy") == 0
   out = capsys.readouterr().out
   assert "calibrated on 12 simulated runs" in out
-  assert "at the run's speed" in out
+  assert "% in seconds (p90" in out
+  assert "% in steps (p90" in out
+  assert "another seed says it with" in out
   assert "over 9 held-out runs" in out
   assert _fitted(tmp_path, "--cross=rank") == calibrate.BAD_INPUT
   assert _fitted(tmp_path, "--holdout=retry") == calibrate.BAD_INPUT

@@ -5,6 +5,7 @@ import pytest
 
 from resilient_moe import recovery as rm
 from tests.policies.ask import only, recovered
+from tests.recovery import cases
 
 SURVIVORS = (
   "mesh_shrink",
@@ -57,6 +58,40 @@ def test_a_replacement_never_holds_an_expert_twice():
   grown = rm.advance_all(view, actions)
   held = grown.slots[3][grown.slots[3] >= 0].tolist()
   assert len(held) == len(set(held)) == 4
+
+
+@pytest.mark.parametrize(
+  ("name", "copies"),
+  [("kv_restore", 2), ("mesh_shrink", 1), ("mask_experts", 1)],
+)
+def test_hosts_lost_in_turn_leave_no_trace_once_replaced(name, copies):
+  # Donors keep shadows, which must neither count as copies nor use room up.
+  policy = rm.load(name, replace=True)
+  view = cases.serving(policy, "16x64-racks")
+  for host in (2, 5, 0, 2, 7, 3, 6, 1, 4):
+    struck = tuple(np.flatnonzero(view.host == host).tolist())
+    view = rm.lose(view, struck)
+    plan = rm.recover_checked(policy, view, rm.RanksLost(struck))
+    for part in (plan.resume, plan.repair):
+      view = rm.advance_all(view, rm.ordered(part))
+    on = view.table.entries[:, :, 0]
+    assert not view.masked.any()
+    assert (view.table.copies() == copies).all()
+    assert np.bincount(on[on >= 0]).tolist() == [4 * copies] * 16
+    # Two of 64 found no slot elsewhere while a host was away.
+    if copies == 2:
+      assert (view.host[on[:, 0]] == view.host[on[:, 1]]).sum() <= 2
+
+
+def test_rearming_has_the_next_spare_stand_in_for_each_rank():
+  view, plan = recovered("spare", rearm=True, spares=2)
+  after = rm.advance_all(view, rm.ordered(plan.resume))
+  repaired = rm.advance_all(after, rm.ordered(plan.repair))
+  second = rm.recover_checked(
+    rm.load("spare", spares=2), repaired, rm.RanksLost((5,))
+  )
+  (fetch,) = only(second.resume, rm.FetchExecutable)
+  assert fetch.absent in repaired.ready
 
 
 def test_rearming_makes_the_next_single_losses_ready():

@@ -43,7 +43,7 @@ class Fixed:
   def step_s(self, batch: StepBatch, view: rm.ClusterView) -> float:
     return self.step
 
-  def after_resume_s(self, view: rm.ClusterView) -> float:
+  def after_resume_s(self, batch: StepBatch) -> float:
     return 0.0
 
   def action(

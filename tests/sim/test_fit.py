@@ -50,7 +50,7 @@ def test_the_numbers_are_those_of_the_runs(fitted: Fitted) -> None:
   assert fitted.launch == 0.0, "only processes are waited for"
   assert dict(fitted.starts["stored"])["start"] == close(2.5)
   assert dict(fitted.starts["first"]) == {"start": 2.5}
-  assert fitted.after_resume == close(0.0, abs=1e-3)
+  assert fitted.after_resume == close((0.0, 0.0), abs=1e-3)
 
 
 def test_what_was_fitted_gives_the_same_stalls(fitted: Fitted) -> None:

@@ -72,6 +72,9 @@ def test_waits_after_an_outage_are_known_by_hand():
   counts = queue.finish()
   assert counts.started - counts.at_once == pytest.approx(40.0, abs=0.1)
   assert counts.wait_s(1.0) == pytest.approx(10.0, rel=0.13)  # a bin
+  # With a second or three of their own, each as likely.
+  own_s = np.array([1.0, 3.0])
+  assert counts.wait_s(1.0, own_s) == pytest.approx(13.0, rel=0.13)
 
 
 def test_clients_leave_a_long_outage():
