@@ -5,6 +5,7 @@ fault-free run from our own.
 """
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 from unittest import mock
@@ -16,6 +17,7 @@ import pytest
 import resilient_moe as rm
 from resilient_moe.faults import Fault
 from resilient_moe.recovery import Move, Tier
+from resilient_moe.report import verdict
 from resilient_moe.report.history import of_kind
 from resilient_moe.runtime.checkpoints import open_checkpoint
 from resilient_moe.runtime.weights import WeightTiers
@@ -99,6 +101,26 @@ def test_an_emulated_engine(
     host.run()
   check(lab, host.events)
   assert sorted(read) == sorted(held)
+
+
+@pytest.mark.parametrize("policy", ["mesh_shrink", "kv_restore"])
+def test_in_bfloat16_answers_are_exact_too(
+  published: Lab, policy: str
+) -> None:
+  """Whether KV is computed again or restored, on another mesh than before."""
+  half = functools.partial(make_case, published, dtype="bfloat16")
+  (begun, *twin) = Host(published, half("none")).run()
+  sizes: list[int] = []
+
+  def see(backend: Any) -> None:
+    sizes.append(backend.view().token_kv_bytes)
+
+  fault = Fault("rank_lost", (1,), at_step=8)
+  events = Host(published, half(policy, (fault,)), on_backend=see).run()
+  found = verdict(events, [{**begun, "seed": events[0]["seed"]}, *twin])
+  assert found["overall"] == "true", found
+  assert found["checkers"]["exactness"]["value"] == "true", found
+  assert sizes == [2 * 2 * 16 * 2]  # layers, keys and values, width, bytes
 
 
 @pytest.mark.slow
