@@ -86,7 +86,7 @@ def test_our_side_prefills_in_chunks_and_decodes_on():
 
 
 def test_reference_is_taken_at_its_fastest(monkeypatch):
-  spent = {"slow": 3.0, "fast": 1.0, "never": 9.0}
+  spent = {"slow": 3.0, "fast": 1.0, "never": 9.0, "batched_mm": 0.5}
   clock = [0.0]
 
   class Side:
@@ -110,13 +110,17 @@ def test_reference_is_taken_at_its_fastest(monkeypatch):
     bench_reference.time, "perf_counter", lambda: clock[0]
   )
   settings = _config(
-    experts_implementations="slow,fast,never", caches="dynamic", tries=2
-  )
+    experts_implementations="slow,fast,never,batched_mm", caches="dynamic",
+    tries=2, batched_rows=4,
+  )  # fmt: skip
   model = Model()
-  side, name = bench_reference._fastest(settings, model, work)
+  side, name = bench_reference._fastest(settings, model, 5, work)
   assert (side.experts, name) == ("fast", "fast, dynamic cache")
   assert model.chosen == "fast"
   assert clock[0] == 3.0 * 2 + 1.0 * 2 + 9.0  # hopeless ones run once
+  # What copies the weights of each row's experts is for few rows only.
+  side, _ = bench_reference._fastest(settings, model, 4, work)
+  assert side.experts == "batched_mm"
 
 
 @pytest.mark.parametrize("value", ["0", "a", "1,-2"])
