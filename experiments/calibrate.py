@@ -1,7 +1,7 @@
 """Fits the simulation's timing to real runs, and says how far off it is.
 
   python -m experiments.calibrate --runs=runs/quickstart --out=FILE.json \
-      [--holdout=2 | --cross=policy] [--machine="2 cores"]
+      [--holdout=2 | --cross=policy] [--machine="2 cores"] [--also=DIR]
 
 RUNS is a work directory of `experiments.run`, on any runtime but the simulated.
 Runs whose seed, policy, scenario or place (SCENARIO/POLICY/seedN) is in
@@ -21,6 +21,8 @@ another seed says: the error of predicting a run by the median of the same
 scenario and policy under the other seeds, a yardstick for what can be said at
 all. Runs whose faults only processes know (a rank that is stuck, a store or
 supervisor that is lost) are not simulated: they are fitted, never held out.
+--also names runs that are not held out and say only what those of RUNS don't
+show, such as how long a replacement takes to start.
 The file goes into --config.sim.calibration=FILE.
 """
 
@@ -249,6 +251,12 @@ def calibrate(
   return fitted, compare(workdir, found, faulty, fitted)
 
 
+def fit_all(workdir: pathlib.Path, machine: str) -> Fitted:
+  """Timing of all runs of a work directory."""
+  runs = [events_of(workdir, job) for job in jobs_of(workdir)]
+  return fit_lib.fit(runs, machine)
+
+
 def cross(
   workdir: pathlib.Path, by: str, machine: str
 ) -> tuple[Fitted, list[Measured]]:
@@ -265,8 +273,7 @@ def cross(
   if len(names) < 2:
     raise ValueError(f"--cross={by}: there is only {', '.join(names)}")
   found = [m for n in names for m in calibrate(workdir, [n], machine)[1]]
-  fitted = fit_lib.fit([events_of(workdir, job) for job in jobs], machine)
-  return fitted, found
+  return fit_all(workdir, machine), found
 
 
 def _names(job: Job) -> set[str]:
@@ -297,6 +304,7 @@ def main(argv: Sequence[str]) -> int:
     ("out", "Where the calibration goes."),
     ("holdout", "Seeds, policies or scenarios that are held out."),
     ("cross", "What is held out in turn: seed, policy or scenario."),
+    ("also", "A work directory for what those runs don't show."),
     ("machine", "Whose seconds these are, in words."),
   ):
     flags.DEFINE_string(name, None, about, flag_values=values)
@@ -310,12 +318,15 @@ def main(argv: Sequence[str]) -> int:
     else:
       holdout = values.holdout.split(",") if values.holdout else None
       fitted, found = calibrate(workdir, holdout, machine)
+    more = fit_all(pathlib.Path(values.also), machine) if values.also else None
   except (ValueError, flags.Error) as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return BAD_INPUT
   fitted = dataclasses.replace(
     fitted, about={**fitted.about, **held_out_errors(found)}
   )
+  if more is not None:
+    fitted = fitted.with_rest_of(more)
   write_text(values.out, fitted.to_json())
   print(f"{fitted.note}\n{summary(found)}\nIn {values.out}")
   return 0

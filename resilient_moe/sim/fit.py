@@ -11,7 +11,7 @@ import numpy as np
 
 from resilient_moe.report.history import Event, of_kind, run_of
 from resilient_moe.report.stalls import before_faults
-from resilient_moe.sim.fitted import ANY, ActionFit, Fitted, StepFit
+from resilient_moe.sim.fitted import ANY, COLD, ActionFit, Fitted, StepFit
 from resilient_moe.sim.timing import PART
 
 DELAYS = 16  # most detection delays that are kept
@@ -144,17 +144,22 @@ def _after_resume(
   """How much longer the first step behind a recovery takes.
 
   Without a prompt chunk and with one; where only one of them was seen, both.
+  Programs that were cold are slow once more in that step: left out.
   """
   extra: tuple[list[float], list[float]] = ([], [])
   for events in runs:
-    ranks, first = 0, False
+    ranks, first, cold = 0, False, False
     for e in events:
       if e["event"] == "epoch":
         ranks = len(e["mesh"])
       elif e["event"] == "engine":
         first = False  # a restart has stages of its own
+      elif e["event"] == "plan":
+        cold = False
+      elif e["event"] == "action":
+        cold = cold or _source(e) in COLD
       elif e["event"] == "resumed":
-        first = True
+        first = not cold
       elif e["event"] == "step" and first:
         chunked = bool(e["bucket"])
         members = len(e.get("domain", ())) or ranks
@@ -198,7 +203,7 @@ def _actions(
 def _source(event: Event) -> str:
   """Where programs came from."""
   said = str(event["outcome"])
-  return said if said in ("warm", "stored", "compiled") else ""
+  return said if said in ("warm", *COLD) else ""
 
 
 def _action_fit(samples: np.ndarray) -> ActionFit:

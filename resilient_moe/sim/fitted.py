@@ -90,6 +90,9 @@ class Fitted:
     off = a.get("held_out_error", {})
     in_steps = a.get("held_out_error_in_steps", {})
     text = f"calibrated on {runs} ({seen}) of {a['machine']}: {ranges}"
+    if "rest" in a:
+      kinds = ", ".join(a["rest"]["of"])
+      text += f"; {kinds} by {a['rest']['runs']} other runs"
     if not off:
       return text
     said = ", ".join(
@@ -134,6 +137,8 @@ class Fitted:
     for each in kinds:
       if f"{name}/{each}" in self.actions:
         return self.actions[f"{name}/{each}"]
+    if kind in COLD and self.mesh_ready:  # the same work, in peacetime
+      return ActionFit(self.mesh_ready)
     return self.actions.get(name, self.actions[ANY])
 
   def plan_s(self, policy: str) -> float:
@@ -167,6 +172,21 @@ class Fitted:
     if not generation:
       return self.starts["first"]
     return self.starts["stored" if cache else "compiled"]
+
+  def with_rest_of(self, other: "Fitted") -> "Fitted":
+    """What these runs have not shown is taken from other runs of the runtime.
+
+    Actions and faults that only those had, and how long a launch takes.
+    """
+    actions = {n: f for n, f in other.actions.items() if n not in self.actions}
+    detect = {k: d for k, d in other.detect.items() if k not in self.detect}
+    taken = sorted({n.partition("/")[0] for n in actions} | set(detect))
+    about = {**self.about, "rest": {"runs": other.about["runs"],
+                                    "of": taken}}  # fmt: skip
+    return dataclasses.replace(
+      self, about=about, actions={**actions, **self.actions},
+      detect={**detect, **self.detect}, launch=self.launch or other.launch,
+    )  # fmt: skip
 
   # -- files
 

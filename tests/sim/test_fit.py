@@ -53,6 +53,18 @@ def test_the_numbers_are_those_of_the_runs(fitted: Fitted) -> None:
   assert fitted.after_resume == close((0.0, 0.0), abs=1e-3)
 
 
+def test_what_was_not_seen_is_taken_from_other_runs() -> None:
+  lost = Fault("rank_lost", (1,), at_step=14)
+  few = fit_lib.fit([list(simulate(case("mesh_shrink", (lost,)), KNOWN))], "x")
+  slow = fit_lib.fit(runs(dataclasses.replace(KNOWN, act=0.4)), "y")
+  both = few.with_rest_of(slow)
+  assert both.actions["RebuildMesh"].fixed == pytest.approx(0.004, rel=0.05)
+  assert both.actions["RestoreKV"].fixed == pytest.approx(0.4, rel=0.05)
+  assert both.decode == few.decode
+  assert "RestoreKV" in both.note
+  assert "by 3 other runs" in both.note
+
+
 def test_what_was_fitted_gives_the_same_stalls(fitted: Fitted) -> None:
   """Simulated again with the fitted numbers, all ends when it ended."""
   fields = dataclasses.asdict(KNOWN)
@@ -95,6 +107,8 @@ def test_programs_that_are_not_warm_cost_what_others_did(
   assert known.action(asked, view, ()).seconds == 4.5
   warm = dataclasses.replace(view, ready=frozenset({frozenset({1, 2})}))
   assert known.action(asked, warm, ()).seconds < 0.01
+  # Where none was ever cold: as a mesh that is made ready in peacetime.
+  assert fitted.action(asked, view, ()).seconds == fitted.mesh_ready > 0.2
 
 
 @pytest.mark.parametrize(
