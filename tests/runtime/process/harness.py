@@ -131,14 +131,13 @@ def seed_store(lab: Lab, case: Case, folder: pathlib.Path) -> None:
   """Puts every program of a case where its engine looks for them."""
   plans = assemble.plan_instance(case, assemble.Fresh())
   source = lab.store(plans) / "executables"
+  if not plans.view.disaggregated:
+    executables = Executables(plans.shape, source)
+    several = sum(len(f.ranks) for f in case.faults) > 1
+    for chunk in plans.shape.chunks() if several else ():
+      executables.compile_for(chunk, jax.devices()[: case.ranks - 2])
+    executables.rank_programs(jax.devices()[0])
   shutil.copytree(source, folder, dirs_exist_ok=True)
-  if plans.view.disaggregated:
-    return
-  executables = Executables(plans.shape, folder)
-  several = sum(len(f.ranks) for f in case.faults) > 1
-  for chunk in plans.shape.chunks() if several else ():
-    executables.compile_for(chunk, jax.devices()[: case.ranks - 2])
-  executables.rank_programs(jax.devices()[0])
 
 
 @dataclasses.dataclass
