@@ -11,7 +11,7 @@ from resilient_moe.model.config import KERNEL_KINDS
 from resilient_moe.model.projections import attention_output, queries_and_kv
 from resilient_moe.model.rope import rope, turns
 from tests.model.families import LATENT
-from tests.model.harness import fast_jit, tiny_params
+from tests.model.harness import fast_jit, skip_without_bits, tiny_params
 
 HEADS, KV_HEADS, D = 4, 2, 8
 
@@ -37,9 +37,21 @@ def draw(rng, *shape):
 
 
 @pytest.fixture(params=KERNEL_KINDS)
-def run(request):
+def kernels(request):
+  return request.param
+
+
+@pytest.fixture
+def run(kernels):
   """`attend` over a cache [G, heads, T, w], by every kind of kernel."""
-  return functools.partial(_run, kernels=request.param)
+
+  def call(q, kv_new, start, length, cache, kv_block, **how):
+    layers = np.stack([cache + 1, cache])  # the second is read
+    # A row before those that are read.
+    rows = np.concatenate([layers[:, :1] + 1, layers], axis=1)
+    return _run(q, kv_new, start, length, rows, kv_block, kernels, **how)
+
+  return call
 
 
 @functools.partial(fast_jit, static_argnames=("kv_block", "kernels", "latent"))
@@ -49,10 +61,7 @@ def _run(
 ):  # fmt: skip
   options = StepOptions(kv_block=kv_block, kernels=kernels)
   reach = Reach(latent, sinks, window)
-  layers = jnp.stack([cache + 1, cache])  # the second is read
-  # A row before those that are read.
-  rows = jnp.concatenate([layers[:, :1] + 1, layers], axis=1)
-  old = Cached(rows, jnp.int32(1), jnp.int32(1))
+  old = Cached(cache, jnp.int32(1), jnp.int32(1))
   return attend(q, kv_new, start, length, old, options, reach)
 
 
@@ -107,8 +116,11 @@ def test_padded_queries_and_idle_rows_change_no_bit(run, rng):
 
 
 @pytest.mark.parametrize("kv_heads", [KV_HEADS, HEADS])
-def test_decoded_and_prefilled_tokens_have_equal_bits(run, kv_heads, rng):
+def test_decoded_and_prefilled_tokens_have_equal_bits(
+  run, kernels, kv_heads, rng
+):
   """The same positions as one chunk, as two, and one by one."""
+  skip_without_bits(kernels)
   n, d = 24, 64
   kv, q = draw(rng, 1, n, 2 * kv_heads, d), draw(rng, 1, n, HEADS, d)
 
@@ -178,7 +190,6 @@ def test_blocks_before_every_window_are_not_read(run, rng):
     np.testing.assert_allclose(out[i], want, atol=2e-5)
 
 
-@pytest.mark.parametrize("kernels", KERNEL_KINDS)
 def test_without_a_cache_it_is_plain_attention(kernels, rng):
   q, kv = draw(rng, 2, 21, HEADS, D), draw(rng, 2, 21, 2 * KV_HEADS, D)
   zero, n = np.zeros(2, np.int32), np.full(2, 21, np.int32)

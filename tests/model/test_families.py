@@ -41,6 +41,7 @@ from tests.model.harness import (
   Prompt,
   Token,
   fast_jit,
+  skip_without_bits,
   tiny_params,
 )
 
@@ -94,6 +95,7 @@ AS_WIDE_AS_PUBLISHED = {
 def test_projections_have_the_same_bits_in_any_number_of_rows(
   name, kernels, rng
 ):
+  skip_without_bits(kernels)
   c = AS_WIDE_AS_PUBLISHED[name]
   specs = describe(c)["groups"][-1]["attention"]
   w = {
