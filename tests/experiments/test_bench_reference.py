@@ -59,6 +59,11 @@ def test_both_sides_choose_the_same_tokens(tmp_path, capsys):
   assert result.rows[0]["reference's settings"].startswith("eager, ")
   assert [target.met for target in result.targets] == [False, True]
   kept = json.loads((tmp_path / "bench_reference.json").read_text())
+  for target in result.targets:
+    case = target.what.partition(":")[0]
+    ours, theirs = (kept["samples"][f"{case}/{s}"] for s in ("ours", "theirs"))
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    assert target.measured == pytest.approx(np.median(ratios))
   assert len(kept["samples"]["decode, batch 2/ours"]) == 2
   assert {"held 4/decode", "held 4/chunk"} <= set(kept["samples"])
   assert "decode, batch 2" in (tmp_path / "bench_reference.md").read_text()
@@ -80,9 +85,35 @@ def test_our_side_prefills_in_chunks_and_decodes_on():
   side.prefill(1, prompt[:-1])
   again = side.decode(np.array([prompt[-1], prompt[-1]]), 11)
   assert again.tolist() == [token, token]
-  masked = np.array([True, True, False, False])
-  side.mask(masked)
-  assert side.decode(np.array([3, 5]), 12).shape == (2,)
+
+
+def test_hidden_experts_of_our_side_are_not_chosen():
+  config = ModelConfig(
+    vocab_size=64, n_layers=1, d_model=32, n_heads=2, n_kv_heads=1,
+    head_dim=16, n_experts=4, top_k=2, expert_width=16,
+  )  # fmt: skip
+  params = bench_reference._random(config)
+  options = StepOptions(rows=2, max_len=16, chunk=8)
+  loud = {name: x.copy() for name, x in params["experts"].items()}
+  loud["down"][:, :2] *= 100
+  sides = [
+    Ours(config, {**params, "experts": experts}, options)
+    for experts in (params["experts"], loud)
+  ]
+
+  def chosen() -> list[list[int]]:
+    tokens = np.arange(12).reshape(6, 2)
+    return [
+      np.concatenate([side.decode(pair, 0) for pair in tokens]).tolist()
+      for side in sides
+    ]
+
+  first, second = chosen()
+  assert first != second
+  for side in sides:
+    side.mask(np.array([True, True, False, False]))
+  first, second = chosen()
+  assert first == second
 
 
 def test_reference_is_taken_at_its_fastest(monkeypatch):
@@ -121,6 +152,128 @@ def test_reference_is_taken_at_its_fastest(monkeypatch):
   # What copies the weights of each row's experts is for few rows only.
   side, _ = bench_reference._fastest(settings, model, 4, work)
   assert side.experts == "batched_mm"
+
+
+@pytest.fixture
+def fake_clock(monkeypatch):
+  """Seconds that only a test's own calls spend."""
+  clock = [0.0]
+  monkeypatch.setattr(
+    bench_reference.time, "perf_counter", lambda: clock[0]
+  )
+  return clock
+
+
+def test_blocks_take_turns_and_the_first_pair_warms_up(fake_clock):
+  calls = []
+
+  def spend(name, seconds):
+    def call():
+      first = name not in calls
+      calls.append(name)
+      fake_clock[0] += 50.0 if first else seconds
+
+    return call
+
+  case = bench_reference.Case(
+    "c", spend("ours", 1.0), spend("theirs", 3.0), spend("before", 7.0), 12,
+    "eager",
+  )  # fmt: skip
+  assert bench_reference.alternate(case, 3) == ([1.0] * 3, [3.0] * 3)
+  assert calls[::2] == ["before"] * 8  # not timed
+  assert calls[1::2] == 2 * ["theirs", "ours", "ours", "theirs"]
+
+
+def test_a_row_says_how_many_times_faster_we_are(monkeypatch, fake_clock):
+  def spend(seconds):
+    fake_clock[0] += seconds
+
+  def case(settings, config, params, model, size):
+    made = bench_reference.Case(
+      f"case {size}", lambda: spend(1.0), lambda: spend(3.0), lambda: None,
+      12, "eager",
+    )  # fmt: skip
+    return made, 0.5
+
+  monkeypatch.setattr(bench_reference, "decode_case", case)
+  monkeypatch.setattr(bench_reference, "prefill_case", case)
+  rows = list(bench_reference.compare(_config(), None, None, None))
+  assert [row["case"] for row, _ in rows] == ["case 2", "case 12"]
+  for row, _ in rows:
+    assert row["ratio"] == "3.00 [3.00, 3.00]"
+    assert (row["ours, tokens/s"], row["reference, tokens/s"]) == (12.0, 4.0)
+    assert row["tokens alike"] == 0.5
+
+
+def test_a_decode_block_is_waited_for_and_its_tokens_are_compared(monkeypatch):
+  done = []
+
+  class Us:
+    def __init__(self, *args):
+      pass
+
+    def prefill(self, row, prompt):
+      return row
+
+    def decode(self, tokens, position):
+      done.append(position)
+      return tokens + 1
+
+    def wait(self):
+      done.append("wait")
+
+  class Them:
+    def start(self, prompts, room):
+      self.tokens = np.arange(len(prompts))
+      return self.tokens
+
+    def decode(self, tokens):
+      return np.array([tokens[0] + 1, -1])  # the second row goes wrong
+
+    def rewind(self):
+      pass
+
+  monkeypatch.setattr(bench_reference, "Ours", Us)
+  monkeypatch.setattr(
+    bench_reference, "_fastest", lambda *args: (Them(), "eager, static cache")
+  )
+  case, alike = bench_reference.decode_case(_config(), None, None, None, 2)
+  assert alike == 4 / 6  # the first tokens, and one row of two steps
+  assert case.tokens == 2 * 2
+  done.clear()
+  case.ours()
+  assert done == [8, 9, "wait"]
+
+
+def test_few_of_the_experts_held_may_be_chosen(monkeypatch):
+  hidden = []
+
+  class Us:
+    def __init__(self, config, params, options):
+      assert params["experts"]["down"].shape[1] == config.n_experts
+
+    def mask(self, masked):
+      hidden.append(masked.tolist())
+
+    def decode(self, tokens, position):
+      return tokens
+
+    def prefill(self, row, prompt):
+      return 0
+
+  monkeypatch.setattr(bench_reference, "Ours", Us)
+  config = ModelConfig(
+    vocab_size=64, n_layers=1, d_model=32, n_heads=2, n_kv_heads=1,
+    head_dim=16, n_experts=4, top_k=2, expert_width=16,
+  )  # fmt: skip
+  rows, samples = bench_reference.held_experts(
+    _config(scaling_experts="4,8"), config
+  )
+  assert hidden == [[False] * 4, [False] * 4 + [True] * 4]
+  assert [(row["held"], row["may be chosen"]) for row in rows] == [
+    (4, 4), (8, 4),
+  ]  # fmt: skip
+  assert len(samples["held 8/chunk"]) == 2
 
 
 @pytest.mark.parametrize("value", ["0", "a", "1,-2"])

@@ -5,8 +5,9 @@ import pathlib
 
 import pytest
 
-from experiments import calibrate, run
-from experiments.simulated import SimOptions, run_simulated
+from experiments import calibrate, run, simulated
+from experiments.simulated import SimOptions, run_simulated, simulated_case
+from resilient_moe.runtime.case import Case, RunFailed
 from tests.experiments.run_fake import config_file
 from tests.sim.still import Fixed
 
@@ -83,6 +84,63 @@ def test_what_can_not_be_simulated_is_refused_before_anything_is_written(
   assert _launch(tmp_path, *flags, **config) == run.BAD_INPUT
   assert said in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
+
+
+SIZES = {
+  "vocab_size": 96, "n_layers": 3, "d_model": 32, "n_heads": 4,
+  "n_kv_heads": 2, "head_dim": 8, "n_experts": 8, "top_k": 3,
+  "expert_width": 24, "dense_layers": 1, "dense_width": 40,
+}  # fmt: skip
+
+
+def _case(tmp_path: pathlib.Path, **changes) -> Case:
+  (tmp_path / "config.json").write_text(json.dumps(SIZES))
+  return Case(**{
+    "checkpoint": str(tmp_path), "policy": "kv_restore", "policy_kwargs": {},
+    "scenario": "rank_lost_decode", "seed": 7, "runtime": "simulated",
+    "deployment": "collocated", "ranks": 4, "requests": (), "faults": (),
+    "options": {"rows": 2, "max_len": 40, "chunk": 8, "kv_block": 16},
+    **changes,
+  })  # fmt: skip
+
+
+@pytest.mark.parametrize("by_step", [False, True])
+def test_a_case_is_passed_on_whole(tmp_path: pathlib.Path, by_step) -> None:
+  case = _case(tmp_path, wait_ready=not by_step, sim={"by_step": by_step})
+  got = simulated_case(case)
+  assert (got.by_step, got.wait_ready, got.seed) == (by_step, not by_step, 7)
+  assert (got.rows, got.chunk, got.max_len, got.cache_len) == (2, 8, 40, 48)
+  assert got.model.token_kv_bytes == 3 * 2 * 2 * 8 * 4  # keys and values
+  assert got.model.embedding_bytes == 32 * 4
+  assert got.model.moe_layers == 2
+  assert got.model.expert_bytes == 2 * 3 * 32 * 24 * 4
+
+
+def test_a_model_of_another_size_brings_its_own_bytes(
+  tmp_path: pathlib.Path,
+) -> None:
+  sim = {"device": "h100", "model": "mixtral-8x7b", "detect_s": 1.5}
+  got = simulated_case(_case(tmp_path, sim=sim)).model
+  assert got.vocab_size == 96
+  assert (got.n_experts, got.top_k, got.moe_layers) == (8, 2, 32)
+  # Of bfloat16; 46.7 of its 8 * 7 billion parameters are there.
+  assert got.token_kv_bytes == 32 * 2 * 8 * 128 * 2
+  assert got.expert_bytes == 32 * 3 * 4096 * 14336 * 2
+  whole = (got.dense_bytes + 8 * got.expert_bytes) / 2
+  assert whole == pytest.approx(46.7e9, rel=0.01)
+  assert SimOptions(**sim).timing().detect_s("rank_lost", 0.3) == 1.5
+
+
+def test_a_run_that_nobody_can_recover_leaves_no_history(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+  def fail(self) -> None:
+    raise simulated.Unrecoverable("nobody is left")
+
+  monkeypatch.setattr(simulated.Run, "run", fail)
+  with pytest.raises(RunFailed, match="nobody is left"):
+    run_simulated(_case(tmp_path), tmp_path / "out")
+  assert not (tmp_path / "out" / "history.jsonl").exists()
 
 
 def test_a_detector_can_be_slower_than_the_calibrated(

@@ -46,6 +46,16 @@ def test_rows_have_the_same_bits_in_any_number_and_company(rng):
     np.testing.assert_array_equal(part, whole[rows], f"{n} rows")
 
 
+def test_a_product_is_whole_when_its_call_returns(rng):
+  """Also where another thread has its last piece still to do."""
+  w = rng.standard_normal((1, 512, 4096)).astype(np.float32)
+  slot = np.zeros(64, np.int32)
+  for _ in range(8):
+    x = rng.standard_normal((64, 512)).astype(np.float32)
+    got = np.asarray(native.grouped_matmul(x, w, slot))
+    np.testing.assert_allclose(got, x @ w[0], atol=1e-3)
+
+
 def test_a_stacked_matrix_is_read_where_it_lies(rng):
   x = rng.standard_normal((5, 24)).astype(np.float32)
   stack = rng.standard_normal((3, 24, 40)).astype(np.float32)
@@ -81,6 +91,49 @@ def test_experts_are_those_of_xla(activation, biased, rng):
     run("native"), want, rtol=2e-5, atol=2e-5 * np.abs(want).max()
   )
   assert (run("native")[slot == slots] == 0).all()
+
+
+# While the call is dispatched, or when its result is waited for.
+REFUSED = (ValueError, jax.errors.JaxRuntimeError)
+
+
+def attend(rng, start, length, layer=0):
+  """Two sequences of 6 queries, over a cache of 2 layers and 16 positions."""
+  draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+  ints = lambda x: jnp.asarray(x, jnp.int32)
+  return native.attend(
+    draw(2, 6, 4, 8), draw(2, 6, 4, 8), draw(2, 2, 4, 16, 8), ints(layer),
+    ints(0), ints(start), ints(length), jnp.zeros(0), ints(0),
+    latent=0, block=8,
+  )  # fmt: skip
+
+
+def test_queries_that_do_not_count_give_zero(rng):
+  """In memory that held something else."""
+  for _ in range(3):
+    assert np.asarray(attend(rng, [5, 9], [6, 6])).all()
+    out = np.asarray(attend(rng, [5, 9], [4, 0]))
+    assert out[0, :4].all()
+    assert not out[0, 4:].any()
+    assert not out[1].any()
+
+
+def test_nothing_is_read_outside_of_the_cache(rng):
+  attend(rng, [16, 99], [6, 0])  # behind its end there are the new tokens
+  with pytest.raises(REFUSED, match="start=17: .*16"):
+    jax.block_until_ready(attend(rng, [3, 17], [1, 1]))
+  for layer in (-1, 2):
+    with pytest.raises(REFUSED, match=f"layer={layer}: "):
+      jax.block_until_ready(attend(rng, [3, 4], [1, 1], layer))
+  stacks = {"gate_up": jnp.ones((2, 3, 8, 8)), "down": jnp.ones((2, 3, 4, 8))}
+  one = jnp.zeros(1, jnp.int32)
+  for layer in (-1, 2):
+    with pytest.raises(REFUSED, match=f"layer={layer}: "):
+      jax.block_until_ready(
+        native.experts(
+          stacks, jnp.int32(layer), jnp.ones((1, 8)), one, one, 0.0, 1.0
+        )
+      )
 
 
 def test_other_types_are_left_to_xla():

@@ -107,6 +107,7 @@ ROUTERS = {
   "softmax": ("softmax_topk", "max", False),
   "sigmoid": ("sigmoid_topk", "top2", True),
   "sigmoid-max": ("sigmoid_topk", "max", True),
+  "sigmoid-flat": ("sigmoid_topk", "", True),  # without groups
   "topk": ("topk_softmax", "max", False),
 }
 
@@ -116,7 +117,8 @@ ROUTERS = {
 def test_a_masked_expert_is_chosen_by_no_router(router, gone, rng):
   """Nor where its groups hold fewer live experts than a token needs."""
   name, score, corrected = ROUTERS[router]
-  groups = {} if name == "topk_softmax" else {"group_score": score}
+  flat = name == "topk_softmax" or not score
+  groups = {} if flat else {"group_score": score}
   base = ModelConfig(n_experts=8, top_k=3) if not groups else GROUPED
   config = dataclasses.replace(
     base, router=name, correction_bias=corrected, **groups
@@ -132,3 +134,37 @@ def test_a_masked_expert_is_chosen_by_no_router(router, gone, rng):
   assert np.isfinite(weights).all()
   for row in np.asarray(experts):
     assert len(set(row.tolist())) == 3
+
+
+def grouped(logits, masked, correction, **changes):
+  """The experts that one token goes to, ascending."""
+  config = dataclasses.replace(
+    GROUPED, router="sigmoid_topk", correction_bias=True, **changes
+  )
+  experts, weights, _ = route(
+    config, jnp.asarray([logits], jnp.float32), np.asarray(masked, bool),
+    jnp.asarray(correction, jnp.float32),
+  )  # fmt: skip
+  assert np.isfinite(weights).all()
+  return sorted(np.asarray(experts)[0].tolist())
+
+
+@pytest.mark.parametrize("score", ["top2", "max"])
+def test_a_masked_expert_does_not_speak_for_its_group(score):
+  masked = [1, 0, 0, 0, 0, 0, 0, 0]
+  correction = [9, 0, 0, 0, 0, 0, 0, 0]
+  logits = [0, -3, 1, 1, 2, 2, -1, -1]
+  got = grouped(logits, masked, correction, group_score=score)
+  assert got in ([2, 4, 5], [3, 4, 5])
+
+
+def test_a_group_without_live_experts_comes_behind_those_with_one():
+  """So that the better of two lone experts is chosen, not the first."""
+  masked = [1, 1, 1, 0, 1, 0, 0, 0]
+  logits = [0, 0, 0, -1, 0, 1, 3, 3]
+  got = grouped(logits, masked, np.zeros(8), top_groups=3, group_score="top2")
+  assert got == [5, 6, 7]
+
+
+def test_scores_that_are_all_zero_leave_weights_that_are_numbers():
+  assert len(grouped(np.full(8, -200), np.zeros(8), np.zeros(8))) == 3

@@ -295,6 +295,11 @@ def test_files_that_are_not_whole(tmp_path, tensors):
   wrong = {"dtype": "F32", "shape": [8, 8], "data_offsets": [0, 4]}
   files.write_tensors(file, {"a": np.zeros(1, np.float32)}, a=wrong)
   refused(folder, r"a: F32 \[8, 8\] takes 256 bytes, the offsets say 4")
+  one = np.zeros(1, np.float32)
+  for begin in (0, 8):  # over another tensor, or behind a hole
+    wrong = {"dtype": "F32", "shape": [1], "data_offsets": [begin, begin + 4]}
+    files.write_tensors(file, {"a": one, "b": one}, b=wrong)
+    refused(folder, rf"(a|b) begins at {begin}, expected 4")
   file.unlink()
   refused(folder, r"names files that are absent: model-00002-of-00002\.")
 

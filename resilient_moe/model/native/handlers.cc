@@ -1,7 +1,8 @@
 // The kernels as XLA sees them; shapes are in `kernels.py`.
 
 #include <cstdint>
-#include <limits>
+#include <cstring>
+#include <string>
 #include <vector>
 
 #include "attention.h"
@@ -106,6 +107,14 @@ void AddBias(const std::vector<float*>& rows, const float* bias,
     for (int64_t c = begin; c < end; ++c) y[c] += bias[c];
 }
 
+// XLA's own code would take the last one that there is; here memory behind it
+// would be read.
+ffi::Error Outside(const char* what, int64_t value, int64_t most) {
+  return ffi::Error(ffi::ErrorCode::kOutOfRange,
+                    std::string(what) + "=" + std::to_string(value) +
+                        ": from 0 to " + std::to_string(most));
+}
+
 // Gated MLPs of the experts: gate and up projection, activation, down.
 ffi::Error Experts(ffi::ThreadPool pool, Floats x, Integers token,
                    Integers slot, Integers layer, Floats gate_up, Floats down,
@@ -114,7 +123,10 @@ ffi::Error Experts(ffi::ThreadPool pool, Floats x, Integers token,
   const auto shape = down.dimensions();  // [L, S, F, D]
   const int64_t slots = shape[1], f = shape[2], d = shape[3];
   const int64_t tokens = x.dimensions()[0];
-  const int64_t first = layer.typed_data()[0] * slots;
+  const int64_t number = layer.typed_data()[0];
+  if (number < 0 || number >= shape[0])
+    return Outside("layer", number, shape[0] - 1);
+  const int64_t first = number * slots;
   const bool biased = gate_up_bias.element_count() > 0;
   std::vector<Group> groups = BySlot(slot, slots);
   int64_t rows = 0;
@@ -191,6 +203,14 @@ ffi::Error Attend(ffi::ThreadPool pool, Floats q, Floats fresh, Floats cache,
   a.sinks = sinks.element_count() ? sinks.typed_data() : nullptr;
   const int64_t row_size = a.cached_heads * a.room * a.width;
   const int64_t rows = cache.dimensions()[1];
+  const int64_t layers = cache.dimensions()[0], number = layer.typed_data()[0];
+  if (rows && (number < 0 || number >= layers))
+    return Outside("layer", number, layers - 1);
+  for (int64_t g = 0; rows && g < shape[0]; ++g) {
+    const int64_t before = start.typed_data()[g];
+    if (length.typed_data()[g] > 0 && (before < 0 || before > a.room))
+      return Outside("start", before, a.room);
+  }
   const int64_t tile = rmoe::QueriesPerTile(a);
   const int64_t tiles = (a.queries + tile - 1) / tile;
   rmoe::Parallel(pool, shape[0] * a.kv_heads * tiles, [&](int64_t i) {
@@ -205,7 +225,7 @@ ffi::Error Attend(ffi::ThreadPool pool, Floats q, Floats fresh, Floats cache,
       const int64_t row =
           std::clamp<int64_t>(first_row.typed_data()[0] + g, 0, rows - 1);
       s.cache = cache.typed_data() +
-                (layer.typed_data()[0] * rows + row) * row_size;
+                (number * rows + row) * row_size;
     }
     s.start = start.typed_data()[g], s.length = length.typed_data()[g];
     s.out = y->typed_data() + g * a.queries * a.heads * a.value;
