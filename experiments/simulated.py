@@ -109,7 +109,9 @@ def simulated_case(case: Case) -> SimulatedCase:
     deployment=case.deployment,
     ranks=case.ranks,
     attention=case.attention,
-    model=model_facts(case.checkpoint, case.options, sim.model),
+    model=model_facts(
+      case.checkpoint, case.options, sim.model, case.dtype
+    ),
     rows=options.rows,
     chunk=options.chunk,
     max_len=options.max_len,
@@ -122,15 +124,21 @@ def simulated_case(case: Case) -> SimulatedCase:
 
 
 def model_facts(
-  checkpoint: str, options: Mapping[str, Any], model: str = ""
+  checkpoint: str,
+  options: Mapping[str, Any],
+  model: str = "",
+  dtype: str = "",
 ) -> ModelFacts:
-  """What a checkpoint's config, or the shape of `model`, says of its bytes."""
+  """What a checkpoint's config, or the shape of `model`, says of its bytes.
+
+  `dtype` is what a published checkpoint's weights become.
+  """
   from resilient_moe.model import StepOptions
-  from resilient_moe.model.checkpoint import read_config
   from resilient_moe.model.params import dense_bytes, expert_bytes
   from resilient_moe.model.step import cache_shape
+  from resilient_moe.runtime.checkpoints import read_config
 
-  config, steps = read_config(checkpoint), StepOptions(**options)
+  config, steps = read_config(checkpoint, dtype), StepOptions(**options)
   if model:
     shape = shapes.shape(model)
     return ModelFacts(

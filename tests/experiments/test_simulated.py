@@ -3,10 +3,14 @@
 import json
 import pathlib
 
+import jax
 import pytest
 
+import resilient_moe as rm
 from experiments import calibrate, run, simulated
 from experiments.simulated import SimOptions, run_simulated, simulated_case
+from resilient_moe.model import ModelConfig
+from resilient_moe.model.params import init_params
 from resilient_moe.runtime.case import Case, RunFailed
 from tests.experiments.run_fake import config_file
 from tests.sim.still import Fixed
@@ -129,6 +133,20 @@ def test_a_model_of_another_size_brings_its_own_bytes(
   whole = (got.dense_bytes + 8 * got.expert_bytes) / 2
   assert whole == pytest.approx(46.7e9, rel=0.01)
   assert SimOptions(**sim).timing().detect_s("rank_lost", 0.3) == 1.5
+
+
+def test_a_published_checkpoint_has_the_bytes_of_its_type(
+  tmp_path: pathlib.Path,
+) -> None:
+  config = ModelConfig(vocab_size=16, d_model=16, n_layers=1, n_experts=2)
+  params = init_params(config, jax.random.key(0))
+  rm.save_huggingface(tmp_path, config, params, "mixtral")
+  whole, half = (
+    simulated.model_facts(str(tmp_path), {}, dtype=dtype)
+    for dtype in ("float32", "bfloat16")
+  )
+  for name in ("expert_bytes", "token_kv_bytes", "embedding_bytes"):
+    assert getattr(whole, name) == 2 * getattr(half, name) > 0, name
 
 
 def test_a_run_that_nobody_can_recover_leaves_no_history(

@@ -47,6 +47,12 @@ std::vector<Group> BySlot(const Integers& slot, int64_t slots) {
   return used;
 }
 
+// What `rows` times matrices of `size` take, in multiply-adds: reading an
+// element of a matrix takes as long as some four.
+int64_t Cost(int64_t rows, int64_t matrices, int64_t size) {
+  return (rows + 4 * matrices) * size;
+}
+
 // y[i] = x[i] @ w[slot[i]]; zero where there is no such slot.
 ffi::Error GroupedMatmul(ffi::ThreadPool pool, Floats x, Floats w,
                          Integers slot, Result y) {
@@ -65,7 +71,8 @@ ffi::Error GroupedMatmul(ffi::ThreadPool pool, Floats x, Floats w,
   const int64_t piece =
       rmoe::Piece(width, groups.size(), pool.num_threads());
   const int64_t pieces = (width + piece - 1) / piece;
-  rmoe::Parallel(pool, groups.size() * pieces, [&](int64_t i) {
+  const int64_t cost = Cost(given, groups.size(), size);
+  rmoe::Parallel(pool, cost, groups.size() * pieces, [&](int64_t i) {
     const Group& g = groups[i / pieces];
     const int64_t begin = i % pieces * piece;
     rmoe::Multiply(g.x.size(), g.x.data(), w.typed_data() + g.slot * size,
@@ -154,7 +161,8 @@ ffi::Error Experts(ffi::ThreadPool pool, Floats x, Integers token,
 
   int64_t piece = rmoe::Piece(f, groups.size(), pool.num_threads());
   int64_t pieces = (f + piece - 1) / piece;
-  rmoe::Parallel(pool, groups.size() * pieces, [&](int64_t i) {
+  const int64_t cost = Cost(rows, groups.size(), f * d);
+  rmoe::Parallel(pool, 2 * cost, groups.size() * pieces, [&](int64_t i) {
     const Group& g = groups[i / pieces];
     const int64_t begin = i % pieces * piece, end = std::min(f, begin + piece);
     const float* w = gate_up.typed_data() + (first + g.slot) * d * 2 * f;
@@ -175,7 +183,7 @@ ffi::Error Experts(ffi::ThreadPool pool, Floats x, Integers token,
 
   piece = rmoe::Piece(d, groups.size(), pool.num_threads());
   pieces = (d + piece - 1) / piece;
-  rmoe::Parallel(pool, groups.size() * pieces, [&](int64_t i) {
+  rmoe::Parallel(pool, cost, groups.size() * pieces, [&](int64_t i) {
     const int64_t index = i / pieces, slot = first + groups[index].slot;
     const int64_t begin = i % pieces * piece, end = std::min(d, begin + piece);
     rmoe::Multiply(to[index].size(), from[index].data(),
@@ -213,7 +221,13 @@ ffi::Error Attend(ffi::ThreadPool pool, Floats q, Floats fresh, Floats cache,
   }
   const int64_t tile = rmoe::QueriesPerTile(a);
   const int64_t tiles = (a.queries + tile - 1) / tile;
-  rmoe::Parallel(pool, shape[0] * a.kv_heads * tiles, [&](int64_t i) {
+  int64_t pairs = 0;  // of a query and a position
+  for (int64_t g = 0; g < shape[0]; ++g) {
+    const int64_t n = std::max<int64_t>(length.typed_data()[g], 0);
+    if (n) pairs += n * (start.typed_data()[g] + n);
+  }
+  const int64_t cost = pairs * a.heads * (a.width + a.value);
+  rmoe::Parallel(pool, cost, shape[0] * a.kv_heads * tiles, [&](int64_t i) {
     const int64_t head = i % a.kv_heads, g = i / a.kv_heads % shape[0];
     // Later queries see more: they go first, so that all threads end together.
     const int64_t t = tiles - 1 - i / a.kv_heads / shape[0];

@@ -14,11 +14,18 @@
 
 namespace rmoe {
 
-// Runs work(0), ..., work(n - 1) on the caller and on who is free in the pool.
+// Multiply-adds that are worth another thread, some 20 us of one. Less is done
+// by the caller alone, as the pool's threads may all have work of their own
+// (virtual devices, checkpoints) and waiting for one costs more than it saves.
+constexpr int64_t kWorthAThread = 1 << 20;
+
+// Runs work(0), ..., work(n - 1), in all `cost` multiply-adds, on the caller and
+// on who is free in the pool.
 // Helpers that come late find nothing left and touch nothing but `State`: a
 // pool whose threads all wait here, each for its own work, can't lock up.
 template <typename Work>
-void Parallel(xla::ffi::ThreadPool& pool, int64_t n, const Work& work) {
+void Parallel(xla::ffi::ThreadPool& pool, int64_t cost, int64_t n,
+              const Work& work) {
   struct State {
     const Work* work;  // alive while a piece is not done
     const int64_t n;
@@ -30,7 +37,8 @@ void Parallel(xla::ffi::ThreadPool& pool, int64_t n, const Work& work) {
     }
   };
   auto state = std::make_shared<State>(&work, n);
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), n) - 1;
+  const int64_t threads = std::min(n, cost / kWorthAThread);
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), threads) - 1;
   for (int64_t i = 0; i < helpers; ++i)
     pool.Schedule([state] { state->Run(); });
   state->Run();
