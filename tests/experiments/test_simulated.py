@@ -140,9 +140,10 @@ def test_a_published_checkpoint_has_the_bytes_of_its_type(
 ) -> None:
   config = ModelConfig(vocab_size=16, d_model=16, n_layers=1, n_experts=2)
   params = init_params(config, jax.random.key(0))
-  rm.save_huggingface(tmp_path, config, params, "mixtral")
+  folder = tmp_path / "published"
+  rm.save_huggingface(folder, config, params, "mixtral")
   whole, half = (
-    simulated.model_facts(str(tmp_path), {}, dtype=dtype)
+    simulated.model_facts(str(folder), {}, dtype=dtype)
     for dtype in ("float32", "bfloat16")
   )
   for name in ("expert_bytes", "token_kv_bytes", "embedding_bytes"):
