@@ -32,10 +32,11 @@ ARROWS: dict[str, set[str]] = {
   "report": {"recovery"},
   "serving": {"recovery", "faults", "report"},
   "datapath": {"recovery"},
-  "model": set(),
+  "compiled": set(),
+  "model": {"compiled"},
   "mesh": {"model", "recovery"},
   # Engines read published checkpoints where they lie, on every worker.
-  "runtime": CORE | {"datapath", "model", "mesh", "third_party"},
+  "runtime": CORE | {"compiled", "datapath", "model", "mesh", "third_party"},
   "sim": set(CORE),
   "policies": CORE - {"faults"} | {DOOR},
   "configs": set(),
@@ -46,6 +47,7 @@ ARROWS: dict[str, set[str]] = {
 }
 NO_JAX = (
   "recovery", "serving", "report", "sim", "policies", "faults", "datapath",
+  "compiled",
 )  # fmt: skip
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "torch", "tensorflow"}
 MAX_LINES = 400

@@ -105,7 +105,8 @@ def load(
       f"an executable for {len(portable.device_ids)} devices can't be loaded "
       f"onto {len(devices)}"
     )
-  native.register()  # the program may call the kernels
+  if devices[0].platform == "cpu":
+    native.register()  # the program may call the kernels
   reader = _Relocating(portable, list(devices))
   unloaded, args_flat, no_kwargs = reader.load()
   args_info = portable.in_tree.unflatten(args_flat)

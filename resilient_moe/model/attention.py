@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from resilient_moe.model import native
 from resilient_moe.model.config import StepOptions
-from resilient_moe.model.products import is_native
+from resilient_moe.model.products import either
 from resilient_moe.model.rows import pairwise_sum
 
 # block number [] -> what is known of its tokens, [G, heads, kv_block, w]
@@ -71,8 +71,6 @@ def attend(
   blocks = lambda: attend_blocks(
     q, kv_new, start, length, lying, options, reach
   )
-  if not is_native(options, q, kv_new):
-    return blocks()
 
   def kernel() -> jax.Array:
     none = jnp.zeros((0,) * 5, q.dtype)
@@ -85,7 +83,7 @@ def attend(
       latent=reach.latent, block=options.kv_block,
     )  # fmt: skip
 
-  return native.on_cpu(kernel, blocks)()
+  return either(options, (q, kv_new), kernel, blocks)
 
 
 def attend_blocks(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from resilient_moe.model import native
 from resilient_moe.model.config import ModelConfig, StepOptions
+from resilient_moe.model.products import either
 
 # (experts, layer, x, token, slots) -> y, see `run_blocks`
 Kernel = Callable[..., jax.Array]
@@ -183,7 +184,7 @@ def kernel_of(config: ModelConfig, options: StepOptions) -> Kernel:
     fixed_block=options.expert_block,
     activation=activation_of(config),
   )
-  if options.experts != "blocks" or options.kernels != "native":
+  if options.experts != "blocks":
     return run
   clamped = config.activation != "swiglu"
   compiled = functools.partial(
@@ -199,8 +200,8 @@ def kernel_of(config: ModelConfig, options: StepOptions) -> Kernel:
     token: jax.Array,
     slots: jax.Array,
   ) -> jax.Array:
-    if not all(native.usable(w.dtype) for w in (x, *experts.values())):
-      return run(experts, layer, x, token, slots)
-    return native.on_cpu(compiled, run)(experts, layer, x, token, slots)
+    args = experts, layer, x, token, slots
+    floats = (x, *experts.values())
+    return either(options, floats, lambda: compiled(*args), lambda: run(*args))
 
   return kernel

@@ -27,14 +27,14 @@ def unembed(
 
   def rows(w: tuple, x: jax.Array) -> jax.Array:
     h = rms_norm(x, w[0], config.norm_eps)
-    if not config.tied_embeddings:
+    if not tied:
       return matmul(options, h, w[1]).astype(jnp.float32)
     # Not `embed.T`: hoisted out of the loop over blocks, the transposed copy
     # is multiplied by another kernel, with other bits than a lone block.
     return jnp.einsum("nd,vd->nv", h, w[1]).astype(jnp.float32)
 
-  weights = params["final_norm"], params.get("lm_head", params["embed"])
   tied = config.tied_embeddings
+  weights = params["final_norm"], params["embed" if tied else "lm_head"]
   block = options.row_block if tied else row_block(options, x)
   return rowwise(rows, weights, x, block)
 

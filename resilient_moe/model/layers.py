@@ -148,10 +148,11 @@ def _after_attention(
   if "mlp" in layer:
     return x + dense(h, **layer["mlp"]), h, ()
   moe = layer["moe"]
-  wide = lambda a: a.astype(jnp.float32)
-  logits = matmul(options, wide(h), widened(moe["router"]))
+  logits = matmul(
+    options, h.astype(jnp.float32), widened(moe["router"])
+  )
   if "router_bias" in moe:
-    logits = logits + wide(moe["router_bias"])[None, :]
+    logits = logits + moe["router_bias"].astype(jnp.float32)[None, :]
   choice = route(config, logits, masked, moe.get("correction_bias"))
   if "shared" in moe:
     x = x + dense(h, **moe["shared"])

@@ -4,6 +4,7 @@ The kernels' bits don't depend on the number of rows; XLA's do on CPU, so that
 without the kernels rows are computed in blocks (`rows.py`).
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,21 @@ def is_native(options: StepOptions, *arrays: Any) -> bool:
   return options.kernels == "native" and all(
     native.usable(a.dtype) for a in arrays
   )
+
+
+def either(
+  options: StepOptions,
+  arrays: Sequence[Any],
+  kernel: Callable[[], jax.Array],
+  otherwise: Callable[[], jax.Array],
+) -> jax.Array:
+  """`kernel()` where it computes with such arrays, or else its XLA form.
+
+  A program that is lowered for another platform has the XLA form, too.
+  """
+  if not is_native(options, *arrays):
+    return otherwise()
+  return jax.lax.platform_dependent(cpu=kernel, default=otherwise)
 
 
 def row_block(options: StepOptions, x: jax.Array) -> int:
@@ -62,6 +78,10 @@ def _alone(w: Matrix) -> jax.Array:
   return w.alone() if isinstance(w, Stacked) else w
 
 
+def _stacked(w: Matrix) -> Stacked:
+  return w if isinstance(w, Stacked) else Stacked(w[None], jnp.int32(0))
+
+
 def widened(w: Matrix) -> Matrix:
   """In float32."""
   return w if w.dtype == jnp.float32 else _alone(w).astype(jnp.float32)
@@ -69,30 +89,25 @@ def widened(w: Matrix) -> Matrix:
 
 def matmul(options: StepOptions, x: jax.Array, w: Matrix) -> jax.Array:
   """[N, K] @ [K, M] -> [N, M]."""
-  product = lambda x, w: x @ _alone(w)
-  if not is_native(options, x, w):
-    return product(x, w)
 
-  def kernel(x: jax.Array, w: Matrix) -> jax.Array:
-    stack, layer = w if isinstance(w, Stacked) else (w[None], jnp.int32(0))
+  def kernel() -> jax.Array:
+    stack, layer = _stacked(w)
     slot = jnp.broadcast_to(layer, (x.shape[0],))
     return native.grouped_matmul(x, stack, slot)
 
-  return native.on_cpu(kernel, product)(x, w)
+  return either(options, (x, w), kernel, lambda: x @ _alone(w))
 
 
 def per_head(options: StepOptions, x: jax.Array, w: Matrix) -> jax.Array:
   """Each head by its own matrix, [N, H, p], [H, p, r] -> [N, H, r]."""
-  einsum = lambda x, w: jnp.einsum("nhp,hpr->nhr", x, _alone(w))
-  if not is_native(options, x, w):
-    return einsum(x, w)
 
-  def kernel(x: jax.Array, w: Matrix) -> jax.Array:
-    stack, layer = w if isinstance(w, Stacked) else (w[None], jnp.int32(0))
+  def kernel() -> jax.Array:
+    stack, layer = _stacked(w)
     n, h, p = x.shape
     slot = jnp.tile(layer * h + jnp.arange(h, dtype=jnp.int32), n)
     every = stack.reshape(-1, *stack.shape[2:])  # [L * H, p, r]
     y = native.grouped_matmul(x.reshape(-1, p), every, slot)
     return y.reshape(n, h, -1)
 
-  return native.on_cpu(kernel, einsum)(x, w)
+  einsum = lambda: jnp.einsum("nhp,hpr->nhr", x, _alone(w))
+  return either(options, (x, w), kernel, einsum)

@@ -13,6 +13,12 @@ from resilient_moe.model.config import ModelConfig, StepOptions
 TORCH = "the reference needs torch and transformers (extra `test`)"
 
 
+SMALL = ModelConfig(
+  vocab_size=64, n_layers=1, d_model=32, n_heads=2, n_kv_heads=1,
+  head_dim=16, n_experts=4, top_k=2, expert_width=16,
+)  # fmt: skip
+
+
 def _config(**changes):
   config = config_file.get_config()
   config.model.update(
@@ -71,12 +77,8 @@ def test_both_sides_choose_the_same_tokens(tmp_path, capsys):
 
 
 def test_our_side_prefills_in_chunks_and_decodes_on():
-  config = ModelConfig(
-    vocab_size=64, n_layers=1, d_model=32, n_heads=2, n_kv_heads=1,
-    head_dim=16, n_experts=4, top_k=2, expert_width=16,
-  )  # fmt: skip
+  config, options = SMALL, StepOptions(rows=2, max_len=16, chunk=8)
   params = bench_reference._random(config)
-  options = StepOptions(rows=2, max_len=16, chunk=8)
   prompt = np.random.default_rng(0).integers(0, 64, 12)
   side = Ours(config, params, options)
   token = side.prefill(1, prompt)
@@ -88,12 +90,8 @@ def test_our_side_prefills_in_chunks_and_decodes_on():
 
 
 def test_hidden_experts_of_our_side_are_not_chosen():
-  config = ModelConfig(
-    vocab_size=64, n_layers=1, d_model=32, n_heads=2, n_kv_heads=1,
-    head_dim=16, n_experts=4, top_k=2, expert_width=16,
-  )  # fmt: skip
+  config, options = SMALL, StepOptions(rows=2, max_len=16, chunk=8)
   params = bench_reference._random(config)
-  options = StepOptions(rows=2, max_len=16, chunk=8)
   loud = {name: x.copy() for name, x in params["experts"].items()}
   loud["down"][:, :2] *= 100
   sides = [

@@ -53,6 +53,18 @@ int64_t Cost(int64_t rows, int64_t matrices, int64_t size) {
   return (rows + 4 * matrices) * size;
 }
 
+// Runs work(group, begin, end) for pieces of the columns of every group.
+template <typename Work>
+void ByColumns(ffi::ThreadPool& pool, int64_t cost, int64_t groups,
+               int64_t width, const Work& work) {
+  const int64_t piece = rmoe::Piece(width, groups, pool.num_threads());
+  const int64_t pieces = (width + piece - 1) / piece;
+  rmoe::Parallel(pool, cost, groups * pieces, [&](int64_t i) {
+    const int64_t begin = i % pieces * piece;
+    work(i / pieces, begin, std::min(width, begin + piece));
+  });
+}
+
 // y[i] = x[i] @ w[slot[i]]; zero where there is no such slot.
 ffi::Error GroupedMatmul(ffi::ThreadPool pool, Floats x, Floats w,
                          Integers slot, Result y) {
@@ -68,17 +80,13 @@ ffi::Error GroupedMatmul(ffi::ThreadPool pool, Floats x, Floats w,
     }
   if (given < Count(slot))
     std::fill_n(y->typed_data(), y->element_count(), 0.0f);
-  const int64_t piece =
-      rmoe::Piece(width, groups.size(), pool.num_threads());
-  const int64_t pieces = (width + piece - 1) / piece;
-  const int64_t cost = Cost(given, groups.size(), size);
-  rmoe::Parallel(pool, cost, groups.size() * pieces, [&](int64_t i) {
-    const Group& g = groups[i / pieces];
-    const int64_t begin = i % pieces * piece;
+  const auto multiply = [&](int64_t i, int64_t begin, int64_t end) {
+    const Group& g = groups[i];
     rmoe::Multiply(g.x.size(), g.x.data(), w.typed_data() + g.slot * size,
-                   depth, width, true, g.y.data(), begin,
-                   std::min(width, begin + piece));
-  });
+                   depth, width, true, g.y.data(), begin, end);
+  };
+  ByColumns(pool, Cost(given, groups.size(), size), groups.size(), width,
+            multiply);
   return ffi::Error::Success();
 }
 
@@ -143,8 +151,7 @@ ffi::Error Experts(ffi::ThreadPool pool, Floats x, Integers token,
   if (Size(scratch) < rows * 3 * f) scratch.resize(rows * 3 * f);
   float* const hidden = scratch.data();
   float* const active = hidden + rows * 2 * f;
-  std::vector<std::vector<float*>> to(groups.size());
-  std::vector<std::vector<const float*>> from(groups.size());
+  std::vector<std::vector<float*>> to(groups.size()), from(groups.size());
   int64_t at = 0;
   for (size_t i = 0; i < groups.size(); ++i)
     for (int64_t row : groups[i].row) {
@@ -159,12 +166,9 @@ ffi::Error Experts(ffi::ThreadPool pool, Floats x, Integers token,
   if (rows < Count(slot))
     std::fill_n(y->typed_data(), y->element_count(), 0.0f);
 
-  int64_t piece = rmoe::Piece(f, groups.size(), pool.num_threads());
-  int64_t pieces = (f + piece - 1) / piece;
   const int64_t cost = Cost(rows, groups.size(), f * d);
-  rmoe::Parallel(pool, 2 * cost, groups.size() * pieces, [&](int64_t i) {
-    const Group& g = groups[i / pieces];
-    const int64_t begin = i % pieces * piece, end = std::min(f, begin + piece);
+  const auto up = [&](int64_t i, int64_t begin, int64_t end) {
+    const Group& g = groups[i];
     const float* w = gate_up.typed_data() + (first + g.slot) * d * 2 * f;
     const int64_t starts[] = {begin, f + begin};
     for (int64_t start : starts) {
@@ -176,22 +180,20 @@ ffi::Error Experts(ffi::ThreadPool pool, Floats x, Integers token,
                 start, stop);
     }
     for (size_t r = 0; r < g.y.size(); ++r)
-      Activate(g.y[r] + begin, g.y[r] + f + begin,
-               const_cast<float*>(from[i / pieces][r]) + begin, end - begin,
-               limit, alpha);
-  });
+      Activate(g.y[r] + begin, g.y[r] + f + begin, from[i][r] + begin,
+               end - begin, limit, alpha);
+  };
+  ByColumns(pool, 2 * cost, groups.size(), f, up);
 
-  piece = rmoe::Piece(d, groups.size(), pool.num_threads());
-  pieces = (d + piece - 1) / piece;
-  rmoe::Parallel(pool, cost, groups.size() * pieces, [&](int64_t i) {
-    const int64_t index = i / pieces, slot = first + groups[index].slot;
-    const int64_t begin = i % pieces * piece, end = std::min(d, begin + piece);
-    rmoe::Multiply(to[index].size(), from[index].data(),
-                   down.typed_data() + slot * f * d, f, d, true,
-                   to[index].data(), begin, end);
+  const auto back = [&](int64_t i, int64_t begin, int64_t end) {
+    const int64_t slot = first + groups[i].slot;
+    rmoe::Multiply(to[i].size(), from[i].data(),
+                   down.typed_data() + slot * f * d, f, d, true, to[i].data(),
+                   begin, end);
     if (biased)
-      AddBias(to[index], down_bias.typed_data() + slot * d, begin, end);
-  });
+      AddBias(to[i], down_bias.typed_data() + slot * d, begin, end);
+  };
+  ByColumns(pool, cost, groups.size(), d, back);
   return ffi::Error::Success();
 }
 

@@ -5,7 +5,6 @@ copies an expert's matrix out of its stack, and they need no blocks of rows
 for equal bits (`tile.h`). No gradients. `usable` says whether they run here.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,17 +21,6 @@ def usable(dtype: Any) -> bool:
     and jax.default_backend() == "cpu"
     and not register()
   )
-
-
-def on_cpu(
-  kernel: Callable[..., jax.Array], otherwise: Callable[..., jax.Array]
-) -> Callable[..., jax.Array]:
-  """`kernel` in a program that is lowered for CPU, and its XLA form if not."""
-
-  def call(*args: Any) -> jax.Array:
-    return jax.lax.platform_dependent(*args, cpu=kernel, default=otherwise)
-
-  return call
 
 
 def grouped_matmul(

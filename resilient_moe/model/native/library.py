@@ -10,9 +10,10 @@ import pathlib
 import platform
 import shlex
 import subprocess
-import tempfile
 
 import jax
+
+from resilient_moe.compiled import compiled_once
 
 _SOURCES = pathlib.Path(__file__).parent
 _MAIN = _SOURCES / "handlers.cc"
@@ -53,17 +54,7 @@ def _built() -> pathlib.Path:
   compiler = shlex.split(os.environ.get("CXX") or "c++")
   command = [*compiler, *_FLAGS, "-isystem", jax.ffi.include_dir()]
   path = _folder() / f"kernels-{_digest(command)}.so"
-  if path.exists():
-    return path
-  path.parent.mkdir(parents=True, exist_ok=True)
-  # Renamed when complete, so that a parallel build is never seen half done.
-  with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-    made = pathlib.Path(folder) / path.name
-    subprocess.run(
-      [*command, "-o", str(made), str(_MAIN)],
-      check=True, capture_output=True, text=True, timeout=_COMPILE_S,
-    )  # fmt: skip
-    made.replace(path)
+  compiled_once(path, [*command, str(_MAIN)], _COMPILE_S)
   return path
 
 

@@ -17,10 +17,10 @@ import platform
 import shlex
 import socket
 import subprocess
-import tempfile
 import threading
 from typing import Any, Self
 
+from resilient_moe.compiled import compiled_once
 from resilient_moe.runtime.process.probe_threads import Threaded, respond
 
 Library = ctypes.CDLL  # its calls release the interpreter lock
@@ -52,7 +52,7 @@ def library(folder: pathlib.Path) -> Library | None:
   digest = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]
   # The machine too, for a folder that several kinds of hosts share.
   path = folder / f"probe-{platform.machine()}-{digest}.so"
-  if not path.exists() and not _compile(path):
+  if not _compile(path):
     return None
   try:
     lib = ctypes.CDLL(str(path), use_errno=True)
@@ -196,20 +196,12 @@ class _Native:
 
 def _compile(path: pathlib.Path) -> bool:
   """Whether there is a library at `path` now."""
-  path.parent.mkdir(parents=True, exist_ok=True)
   compiler = shlex.split(os.environ.get("CC") or "cc")
   flags = ["-std=c11", "-O2", "-shared", "-fPIC", "-pthread"]
-  # Renamed when complete, so that a parallel build is never seen half done.
-  with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-    made = pathlib.Path(folder) / path.name
-    command = [*compiler, *flags, "-o", str(made), str(_SOURCE)]
-    try:
-      subprocess.run(
-        command, check=True, capture_output=True, timeout=_COMPILE_S
-      )
-      made.replace(path)
-    except (OSError, subprocess.SubprocessError):
-      return False
+  try:
+    compiled_once(path, [*compiler, *flags, str(_SOURCE)], _COMPILE_S)
+  except (OSError, subprocess.SubprocessError):
+    return False
   return True
 
 
